@@ -1,0 +1,1 @@
+"""What every part stands on: errors, units, extents, durable disk operations. Imports nothing of ours."""

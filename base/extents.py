@@ -1,0 +1,115 @@
+"""Sets of byte ranges as numpy arrays. Pure functions, safe anywhere.
+
+An extents array has dtype int64 and shape (n, 2): rows [start, end), in bytes, sorted, not empty, not
+touching each other. Functions take arrays in this form and give them in this form; `normalise` makes one
+from anything. Work is done by sorting and cumulative sums, never in a loop over rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Extents = NDArray[np.int64]
+
+EMPTY: Extents = np.empty((0, 2), np.int64)
+EMPTY.setflags(write=False)
+
+
+def normalise(rows: Iterable[tuple[int, int]] | Extents) -> Extents:
+    """Sort, drop empty rows, join what overlaps or touches. `rows` are (start, end) pairs in bytes."""
+    array = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), np.int64).reshape(-1, 2)
+    return _combine([array[array[:, 0] < array[:, 1]]], 1)
+
+
+def union(*sets: Extents) -> Extents:
+    """Bytes in any of the sets."""
+    return _combine(list(sets), 1)
+
+
+def intersect(a: Extents, b: Extents) -> Extents:
+    """Bytes in both sets."""
+    return _combine([a, b], 2)
+
+
+def subtract(a: Extents, b: Extents) -> Extents:
+    """Bytes of `a` that are not in `b`."""
+    if not len(a) or not len(b):
+        return a.copy()
+    low, high = int(a[0, 0]), int(a[-1, 1])
+    edges = np.concatenate([[low], np.clip(b, low, high).ravel(), [high]]).reshape(-1, 2)
+    return intersect(a, normalise(edges))
+
+
+def total(extents: Extents) -> int:
+    """Bytes covered."""
+    return int((extents[:, 1] - extents[:, 0]).sum())
+
+
+def widen(extents: Extents, unit: int) -> Extents:
+    """Each range grown outwards to whole units."""
+    return normalise(np.stack([extents[:, 0] // unit * unit, -(-extents[:, 1] // unit) * unit], axis=1))
+
+
+def numbers(extents: Extents, unit: int) -> NDArray[np.uint64]:
+    """Numbers of all units that the ranges touch, ascending: uint64, shape (k,)."""
+    if not len(extents):
+        return np.empty(0, np.uint64)
+    wide = widen(extents, unit) // unit
+    lengths = wide[:, 1] - wide[:, 0]
+    starts = np.repeat(wide[:, 0] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+    return (starts + np.arange(int(lengths.sum()))).astype(np.uint64)
+
+
+def from_numbers(units: NDArray[np.uint64], unit: int) -> Extents:
+    """Ranges that cover the given unit numbers; `units` must be ascending and unique."""
+    if not len(units):
+        return EMPTY.copy()
+    signed = units.astype(np.int64)
+    breaks = np.flatnonzero(np.diff(signed) != 1)
+    first = np.concatenate([[0], breaks + 1])
+    last = np.concatenate([breaks, [len(signed) - 1]])
+    return np.stack([signed[first] * unit, (signed[last] + 1) * unit], axis=1)
+
+
+def resident(descriptor: int, size: int, start: int = 0) -> Extents:
+    """Ranges of a file within [start, size) that are not holes.
+
+    Raises OSError. Source: lseek(2), SEEK_DATA and SEEK_HOLE. One pair of system calls a range, so memory
+    and time follow what is in the file, not its length.
+    """
+    rows: list[tuple[int, int]] = []
+    at = start
+    while at < size:
+        try:
+            data = os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                break
+            raise
+        if data >= size:
+            break
+        at = min(os.lseek(descriptor, data, os.SEEK_HOLE), size)
+        rows.append((data, at))
+    return normalise(rows)
+
+
+def _combine(sets: list[Extents], needed: int) -> Extents:
+    """Bytes that at least `needed` of the sets cover, by counting openings and closings."""
+    edges = np.concatenate(sets) if sets else EMPTY
+    if not len(edges):
+        return EMPTY.copy()
+    at = np.concatenate([edges[:, 0], edges[:, 1]])
+    change = np.concatenate([np.ones(len(edges), np.int64), np.full(len(edges), -1, np.int64)])
+    order = np.lexsort((-change, at))  # at one address openings come first, so that neighbours join
+    depth = np.cumsum(change[order])
+    at = at[order]
+    before = np.concatenate([[0], depth[:-1]])
+    starts = at[(before < needed) & (depth >= needed)]
+    ends = at[(before >= needed) & (depth < needed)]
+    keep = starts < ends  # neighbours that only touch cross the count for zero bytes
+    return np.stack([starts[keep], ends[keep]], axis=1)

@@ -1,0 +1,1 @@
+"""Trackers and generations of a running VM."""

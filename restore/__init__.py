@@ -1,0 +1,1 @@
+"""Plans, restore workers, scrubbing, rollback."""

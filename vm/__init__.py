@@ -1,0 +1,1 @@
+"""QEMU and its guest: launch, monitor, address map, regions, userfaultfd, guest channel."""
