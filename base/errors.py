@@ -26,6 +26,9 @@ class PerdureError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
 
 class UsageError(PerdureError):
     """The request itself is wrong."""
@@ -128,3 +131,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(one_line(each) for each in error.exceptions)
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _rebuild(family: type[PerdureError], arguments: tuple[object, ...], facts: dict[str, object]) -> PerdureError:
+    """An error that came from a worker process, with its facts."""
+    error = family.__new__(family)
+    error.args = arguments
+    error.__dict__.update(facts)
+    return error

@@ -1,0 +1,140 @@
+"""A pool of worker processes that each run one loop over a pipe.
+
+The pool is forked before its owner opens LMDB or starts threads: neither survives a fork. Workers ignore Ctrl-C
+(their owner decides) and end when their pipe closes, so that they never outlive the process that made them. A
+worker that dies or raises is reported as WorkerError; the pool is then of no further use and is closed. Belongs
+to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any
+
+from base.errors import PerdureError, WorkerError, one_line
+
+Serve = Callable[[Connection], None]
+"""A worker's loop: receives messages and answers until EOFError."""
+
+
+def usable_cores() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+class WorkerPool:
+    """`count` processes that run `serve`."""
+
+    def __init__(self, count: int, serve: Serve) -> None:
+        self.pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        context = multiprocessing.get_context("fork")
+        try:
+            for number in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_work,
+                    args=(serve, theirs, [*self.pipes, ours]),
+                    name=f"perdure-worker-{number}",
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                self.pipes.append(ours)
+                self._processes.append(process)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.pipes)
+
+    def send(self, worker: int, message: tuple[Any, ...]) -> None:
+        """Give a message to one worker. Raises WorkerError if it is dead."""
+        try:
+            self.pipes[worker].send(message)
+        except OSError:
+            raise self._death(worker) from None
+
+    def send_descriptor(self, worker: int, descriptor: int) -> None:
+        """Give an open file to one worker, which takes it with `receive_descriptor`."""
+        try:
+            send_handle(self.pipes[worker], descriptor, self._processes[worker].pid or 0)
+        except OSError:
+            raise self._death(worker) from None
+
+    def receive(self) -> list[tuple[int, Any]]:
+        """Wait until some workers have answered: [(worker, answer)]. Raises WorkerError, or the worker's PerdureError."""
+        answers: list[tuple[int, Any]] = []
+        for pipe in connection.wait(self.pipes):
+            worker = self.pipes.index(pipe)  # type: ignore[arg-type]  # wait gives back what it was given
+            answers.append((worker, self.receive_from(worker)))
+        return answers
+
+    def receive_from(self, worker: int) -> Any:
+        """Wait for one worker's answer."""
+        try:
+            answer = self.pipes[worker].recv()
+        except (EOFError, OSError):
+            raise self._death(worker) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the workers."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.pipes, self._processes = [], []
+
+    def _death(self, worker: int) -> WorkerError:
+        process = self._processes[worker]
+        process.join(timeout=1)
+        code = process.exitcode
+        how = (
+            "closed its pipe"
+            if code is None
+            else f"was killed by signal {-code}"
+            if code < 0
+            else f"exited with {code}"
+        )
+        return WorkerError(f"worker process {process.pid} {how}: what it worked on is abandoned")
+
+
+def receive_descriptor(pipe: Connection) -> int:
+    """In a worker: the descriptor that the owner sends next; the worker closes it."""
+    return recv_handle(pipe)
+
+
+def _work(serve: Serve, pipe: Connection, others: list[Connection]) -> None:
+    """Body of a worker process. An error is an answer; then the process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for each in others:
+        each.close()  # else a worker would keep its siblings' pipes open after the owner's death
+    try:
+        serve(pipe)
+    except EOFError:
+        pass
+    except PerdureError as error:
+        pipe.send(error)
+    except BaseException as error:
+        pipe.send(WorkerError(f"worker process {os.getpid()} failed: {type(error).__name__}: {one_line(error)}"))

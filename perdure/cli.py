@@ -1,0 +1,163 @@
+"""The command line: what may be said, and where each command's work is. Errors become one line and an exit code.
+
+Commands import what they need when they run, so that `perdure --help` and small commands start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from base.errors import PerdureError, one_line
+
+_VERSION = "perdure 0.1.0"
+_EPILOG = """\
+a point in time is VM@N, VM@latest, VM@-1 (one before the latest) or the beginning of a generation's id
+
+environment:
+  PERDURE_REPOSITORY        the repository, if -r is not given
+  PERDURE_PASSWORD_FILE     file that holds the passphrase
+  PERDURE_PASSWORD_COMMAND  command that prints the passphrase
+  PERDURE_PASSWORD          the passphrase itself (discouraged: other processes of yours can read it)
+  PERDURE_STATE_DIR         local state: index, remembered history, sockets
+
+exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 11 locked; 12 wrong passphrase;
+130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    options = parser().parse_args(arguments)
+    module, _, name = options.command.partition(":")
+    try:
+        command = getattr(importlib.import_module(f"perdure.{module}"), name)
+        return int(command(options) or 0)
+    except KeyboardInterrupt:
+        print("perdure: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (PerdureError, ExceptionGroup) as error:
+        first = _first(error)
+        if first is None:
+            raise
+        print(f"perdure: {one_line(error)}", file=sys.stderr)
+        return first.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("-r", "--repository", metavar="PATH", help="the repository")
+    common.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    common.add_argument("--quiet", action="store_true", help="no text and no progress")
+    top = argparse.ArgumentParser(
+        prog="perdure",
+        description="Keeps the memory that matters across a virtual machine's reboot.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    top.set_defaults(repository=None, json=False, quiet=False)
+    top.add_argument("--version", action="version", version=_VERSION)
+    verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, command: str, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text, parents=[common])
+        made.set_defaults(command=command)
+        return made
+
+    _repository_verbs(verb)
+    _vm_verbs(verb)
+    regions = verbs.add_parser("regions", help="list a VM's regions, or tag memory from the host", parents=[common])
+    _regions_verbs(regions)
+    return top
+
+
+def _repository_verbs(verb: _Verb) -> None:
+    init = verb("init", "repository_commands:init", "make a repository")
+    init.add_argument("--compression-level", type=int, default=1, metavar="N", help="zstd level of frames (default 1)")
+
+    load = verb("import", "repository_commands:import_", "make a generation from raw image files")
+    load.add_argument("vm", metavar="VM")
+    load.add_argument("regions", metavar="REGION=FILE", nargs="+")
+    load.add_argument("--parent", metavar="VM@N", help="the generation that this one follows")
+    load.add_argument(
+        "--dirty", metavar="REGION=RANGES.json", action="append", default=[],
+        help="[[offset, length], ...]: all that changed since the parent",
+    )  # fmt: skip
+    load.add_argument("--tag", metavar="T", action="append", default=[])
+
+    export = verb("export", "repository_commands:export", "write a region of a generation as a sparse raw file")
+    export.add_argument("point", metavar="VM@N")
+    export.add_argument("region", metavar="REGION")
+    export.add_argument("file", metavar="FILE", help="- for standard output")
+    export.add_argument("--force", action="store_true", help="replace FILE if it exists")
+
+    log = verb("log", "repository_commands:log", "history of a VM, or of all")
+    log.add_argument("vm", metavar="VM", nargs="?")
+    show = verb("show", "repository_commands:show", "one generation in full")
+    show.add_argument("point", metavar="VM@N")
+    diff = verb("diff", "repository_commands:diff", "changed ranges and bytes by region")
+    diff.add_argument("a", metavar="VM@A")
+    diff.add_argument("b", metavar="VM@B")
+    check = verb("check", "repository_commands:check", "verify the repository; changes nothing")
+    check.add_argument("--read-data", action="store_true", help="read, open and hash everything that is stored")
+
+
+def _vm_verbs(verb: _Verb) -> None:
+    run = verb("run", "vm_commands:run", "launch a VM, or take over a running one, and supervise it")
+    run.add_argument("file", metavar="VM.toml")
+    run.add_argument(
+        "--from", dest="point", metavar="VM@N", help="persistent memory of this generation, not the latest"
+    )
+    run.add_argument("--without-restore", action="store_true", help="start with empty persistent memory")
+    status = verb("status", "vm_commands:status", "running VMs, or one in full")
+    status.add_argument("vm", metavar="VM", nargs="?")
+    stop = verb("stop", "vm_commands:stop", "end a VM")
+    stop.add_argument("vm", metavar="VM")
+    stop.add_argument("--capture", action="store_true", help="make a generation first")
+    verb("reboot", "vm_commands:reboot", "reboot a VM, keeping its persistent memory").add_argument("vm", metavar="VM")
+    snapshot = verb("snapshot", "vm_commands:snapshot", "make a generation of a running VM")
+    snapshot.add_argument("vm", metavar="VM")
+    snapshot.add_argument("--tag", metavar="T", action="append", default=[])
+    rollback = verb("rollback", "vm_commands:rollback", "boot a VM with the persistent memory of a generation")
+    rollback.add_argument("point", metavar="VM@N")
+    rollback.add_argument("--discard", action="store_true", help="do not capture first what the VM has now")
+
+
+def _regions_verbs(regions: argparse.ArgumentParser) -> None:
+    """`regions VM`, `regions mark VM ADDRESS SIZE`, `regions unmark VM ADDRESS SIZE`: one parser, told apart by count."""
+    regions.set_defaults(command="vm_commands:regions")
+    regions.usage = (
+        "perdure regions [options] VM\n"
+        "       perdure regions [options] mark VM ADDRESS SIZE [--name NAME]\n"
+        "       perdure regions [options] unmark VM ADDRESS SIZE"
+    )
+    regions.add_argument("words", metavar="VM | mark VM ADDRESS SIZE | unmark VM ADDRESS SIZE", nargs="+")
+    regions.add_argument("--name", metavar="NAME", help="name of the range to mark")
+
+
+def _first(error: BaseException) -> PerdureError | None:
+    """The first of our errors in an error or a group; None if there is a foreign one (a defect: let it be seen)."""
+    if isinstance(error, PerdureError):
+        return error
+    if isinstance(error, ExceptionGroup):
+        found = [_first(each) for each in error.exceptions]
+        return found[0] if all(found) else None
+    return None
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+_Verb = Callable[[str, str, str], argparse.ArgumentParser]
+"""Adds a command: its name, `module:function`, and what it does."""

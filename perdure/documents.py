@@ -1,0 +1,92 @@
+"""What commands say of generations: JSON documents (a contract) and their text. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from base.units import format_size
+from perdure.output import moment
+from store.records import Generation
+
+
+def point(generation: Generation) -> dict[str, Any]:
+    """Which generation."""
+    return {"vm": generation.vm, "generation": generation.number, "id": generation.id}
+
+
+def made(generation: Generation, seconds: float) -> dict[str, Any]:
+    """A generation that was just made; `seconds` from the unlocked repository to the commit."""
+    return {
+        **point(generation),
+        "region_bytes": generation.region_bytes,
+        "dirty_bytes": generation.dirty_bytes,
+        "stored_bytes": generation.stored_bytes,
+        "pause_ms": generation.pause_ms,
+        "seconds": round(seconds, 6),
+    }
+
+
+def made_text(generation: Generation, seconds: float) -> list[str]:
+    """The same in one line."""
+    pause = "" if generation.pause_ms is None else f", paused {generation.pause_ms:.1f} ms"
+    return [
+        f"{generation.name} {generation.id[:12]}: {format_size(generation.region_bytes)} kept, "
+        f"{format_size(generation.dirty_bytes)} changed, {format_size(generation.stored_bytes)} stored "
+        f"in {seconds:.2f} s{pause}"
+    ]
+
+
+def generation(generation: Generation, *, full: bool = False) -> dict[str, Any]:
+    """One generation; `full` adds packs and the VM's description."""
+    document = {
+        **point(generation),
+        "parent": generation.parent,
+        "time": generation.time,
+        "cause": generation.cause,
+        "host": generation.host,
+        "tags": list(generation.tags),
+        "region_bytes": generation.region_bytes,
+        "dirty_bytes": generation.dirty_bytes,
+        "stored_bytes": generation.stored_bytes,
+        "pause_ms": generation.pause_ms,
+        "regions": [
+            {
+                "name": region.name,
+                "kind": region.kind,
+                "length": region.root.length,
+                "kept_bytes": region.kept_bytes,
+                "chunk_size": region.root.chunk_size,
+                "root": region.root.id.hex(),
+            }
+            for region in generation.regions.values()
+        ],
+    }
+    if full:
+        document |= {
+            "sequence": generation.sequence,
+            "vm_id": generation.vm_id,
+            "packs": list(generation.packs),
+            "metadata": generation.metadata,
+        }
+    return document
+
+
+def generation_text(generation: Generation) -> Iterator[str]:
+    """One generation for people."""
+    yield f"generation  {generation.name}"
+    yield f"id          {generation.id}"
+    yield f"parent      {generation.parent or '-'}"
+    yield f"time        {moment(generation.time)} ({generation.cause}, on {generation.host})"
+    if generation.tags:
+        yield f"tags        {', '.join(generation.tags)}"
+    yield f"stored      {format_size(generation.stored_bytes)} in {len(generation.packs)} packs"
+    if generation.pause_ms is not None:
+        yield f"paused      {generation.pause_ms:.1f} ms"
+    for region in generation.regions.values():
+        yield (
+            f"region      {region.name} ({region.kind}): {format_size(region.kept_bytes)} kept "
+            f"of {format_size(region.root.length)}"
+        )
+    for key, value in generation.metadata.items():
+        yield f"{key:<11} {value}"

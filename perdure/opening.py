@@ -1,0 +1,40 @@
+"""Opening a repository for a command: find it, unlock it, and have worker processes ready before LMDB is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from base.errors import RepositoryMissingError
+from base.progress import Progress, silent
+from base.workers import WorkerPool, usable_cores
+from perdure import places
+from perdure.credentials import passphrase
+from store.lanes import serve_chunker
+from store.repository import Repository, read_key_files, read_mark
+from store.slots import unlock
+
+
+def repository_path(given: str | None) -> Path:
+    """From -r or PERDURE_REPOSITORY. Raises RepositoryMissingError."""
+    path = given or os.environ.get("PERDURE_REPOSITORY")
+    if not path:
+        raise RepositoryMissingError("no repository was named: use -r PATH or set PERDURE_REPOSITORY")
+    return Path(path).absolute()
+
+
+@contextmanager
+def opened(path: Path, *, workers: bool = False, progress: Progress = silent) -> Iterator[Repository]:
+    """The repository, unlocked. `workers` makes a pool first: processes are forked before LMDB is opened."""
+    read_mark(path)
+    pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
+    try:
+        keys = unlock(read_key_files(path), passphrase())
+        state = places.repository_state(keys.repository_id)
+        with Repository(path, keys, state, pool=pool, progress=progress) as repository:
+            yield repository
+    finally:
+        if pool is not None:
+            pool.close()

@@ -1,0 +1,284 @@
+"""Commands that need a repository and no running VM."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from base import extents as ranges
+from base.errors import ConflictError, IntegrityError, StorageError, UsageError
+from base.extents import Extents
+from base.units import PAGE, format_size
+from perdure import documents
+from perdure.credentials import passphrase
+from perdure.opening import opened, repository_path
+from perdure.output import Output, moment, size, table
+from store.chunker import PackingSettings
+from store.records import Generation
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def init(options: Namespace) -> None:
+    """`perdure init`"""
+    from store.repository import create
+    from store.slots import new_keyring
+
+    path = repository_path(options.repository)
+    if not 1 <= options.compression_level <= 19:
+        raise UsageError("--compression-level is 1 to 19")
+    if (path / "config").exists():
+        raise ConflictError(f"{path} is a repository already")
+    made = new_keyring(passphrase(new=True))
+    create(path, made.files, made.keys, PackingSettings(level=options.compression_level))
+    identity = made.keys.repository_id.hex()
+    _output(options).result(
+        {"repository": str(path), "id": identity},
+        lambda: [f"made repository {identity[:16]} at {path}", "Keep the passphrase: without it nothing can be read."],
+    )
+
+
+def import_(options: Namespace) -> None:
+    """`perdure import`"""
+    output = _output(options)
+    if not _NAME.fullmatch(options.vm):
+        raise UsageError(f"{options.vm!r} is no VM name: letters, digits, . _ - and at most 64 of them")
+    files = _pairs(options.regions, "REGION=FILE")
+    dirty = {name: _read_ranges(Path(file)) for name, file in _pairs(options.dirty, "REGION=RANGES.json").items()}
+    for name in dirty:
+        if name not in files:
+            raise UsageError(f"--dirty {name}: no file is given for that region")
+    if dirty and not options.parent:
+        raise UsageError("--dirty needs --parent VM@N: the ranges say what changed since that generation")
+    opened_files = {name: _open_source(Path(file)) for name, file in files.items()}
+    try:
+        large = any(name not in dirty and os.fstat(each).st_size > 16 << 20 for name, each in opened_files.items())
+        path = repository_path(options.repository)
+        with opened(path, workers=large, progress=output.progress()) as repository:
+            parent = repository.resolve(options.parent) if options.parent else None
+            if parent is not None and parent.vm != options.vm:
+                raise UsageError(f"--parent {options.parent} is a generation of VM {parent.vm}, not of {options.vm}")
+            with repository.writer(options.vm, parent) as writer:
+                for name, descriptor in opened_files.items():
+                    if name in dirty and (parent is None or name not in parent.regions):
+                        raise UsageError(f"--dirty {name}: {options.parent} has no region {name} to apply ranges to")
+                    length = os.fstat(descriptor).st_size
+                    draft = writer.region(name, "image", length)
+                    writer.replace(draft, descriptor, _within(dirty.get(name), length, name), output.progress())
+                generation = writer.commit("import", tags=tuple(options.tag))
+                seconds = writer.seconds
+    finally:
+        for descriptor in opened_files.values():
+            os.close(descriptor)
+    output.result(documents.made(generation, seconds), lambda: documents.made_text(generation, seconds))
+
+
+def export(options: Namespace) -> None:
+    """`perdure export`"""
+    from store.reader import GenerationReader
+
+    output = _output(options)
+    with opened(repository_path(options.repository), progress=output.progress()) as repository:
+        generation = repository.resolve(options.point)
+        with GenerationReader(repository, generation) as reader:
+            region = reader.region(options.region)
+            if options.file == "-":
+                if output.json:
+                    raise UsageError("--json and an export to standard output exclude each other")
+                for piece in reader.stream(region):
+                    sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+                return
+            written = _export_file(reader, region, Path(options.file), options.force, output)
+    output.result(
+        {**documents.point(generation), "region": region.name, "file": options.file, "bytes": region.root.length, "written_bytes": written},
+        lambda: [f"{generation.name} {region.name}: {format_size(written)} of {format_size(region.root.length)} written to {options.file}"],
+    )  # fmt: skip
+
+
+def log(options: Namespace) -> None:
+    """`perdure log`"""
+    output = _output(options)
+    with opened(repository_path(options.repository), progress=output.progress()) as repository:
+        names = [options.vm] if options.vm else repository.vms()
+        found = [generation for name in names for generation in repository.generations(name)]
+    output.result({"generations": [documents.generation(each) for each in found]}, lambda: _log_text(found))
+
+
+def show(options: Namespace) -> None:
+    """`perdure show`"""
+    output = _output(options)
+    with opened(repository_path(options.repository), progress=output.progress()) as repository:
+        generation = repository.resolve(options.point)
+    output.result(documents.generation(generation, full=True), lambda: documents.generation_text(generation))
+
+
+def diff(options: Namespace) -> None:
+    """`perdure diff`"""
+    from store import pagemap
+
+    output = _output(options)
+    with opened(repository_path(options.repository), progress=output.progress()) as repository:
+        a, b = repository.resolve(options.a), repository.resolve(options.b)
+        changed: dict[str, Extents] = {}
+        for name in dict.fromkeys([*a.regions, *b.regions]):
+            one, two = (each.regions.get(name) for each in (a, b))
+            known = one or two
+            assert known is not None
+            chunk = known.root.chunk_size
+            none = pagemap.Root(0, chunk, 0, bytes(32))
+            if one and two and one.root.chunk_size != two.root.chunk_size:
+                raise ConflictError(f"region {name} has different chunk sizes in {a.name} and {b.name}")
+            parts = pagemap.diff(
+                one.root if one else none, two.root if two else none, repository.nodes, repository.nodes
+            )
+            changed[name] = ranges.union(*(part * chunk for part in parts))
+    document = {
+        "a": documents.point(a),
+        "b": documents.point(b),
+        "regions": {
+            name: {
+                "changed_bytes": ranges.total(each),
+                "ranges": [[start, end - start] for start, end in each.tolist()],
+            }
+            for name, each in changed.items()
+        },
+    }
+    output.result(document, lambda: _diff_text(changed))
+
+
+def check(options: Namespace) -> int:
+    """`perdure check`"""
+    from store.check import Finding, check_repository
+
+    output = _output(options)
+    path = repository_path(options.repository)
+    try:
+        with opened(path, progress=output.progress()) as repository:
+            report = check_repository(repository, read_data=options.read_data, progress=output.progress())
+        findings, counts = report.findings, report.counts
+    except IntegrityError as error:  # damage that keeps the repository from being opened at all
+        findings = [Finding("repository", error.object, error.offset, error.problem, (), ())]
+        counts = {}
+    document = {"clean": not findings, "findings": [msgspec.to_builtins(each) for each in findings], **counts}
+    output.result(document, lambda: _check_text(findings, counts, options.read_data))
+    return 3 if findings else 0
+
+
+def _check_text(findings: list[Any], counts: dict[str, int], read_data: bool) -> Iterator[str]:
+    for each in findings:
+        place = each.object if each.offset is None else f"{each.object} at offset {each.offset}"
+        yield f"damaged: {place}: {each.problem}"
+        if each.generations:
+            yield f"  hurts {', '.join(each.generations)} (regions {', '.join(each.regions)})"
+    if counts:
+        what = "read, opened and hashed" if read_data else "structure only; --read-data reads everything"
+        yield (
+            f"{counts['generations']} generations, {counts['packs']} packs, {counts['chunks']} chunks, "
+            f"{format_size(counts['bytes'])} ({what}): " + (f"{len(findings)} findings" if findings else "clean")
+        )
+
+
+def _log_text(found: list[Generation]) -> list[str]:
+    rows = [
+        (
+            each.name,
+            each.id[:12],
+            moment(each.time),
+            each.cause,
+            size(each.region_bytes),
+            size(each.dirty_bytes),
+            size(each.stored_bytes),
+            ",".join(each.tags),
+        )
+        for each in found
+    ]
+    header = ("GENERATION", "ID", "TIME", "CAUSE", "KEPT", "CHANGED", "STORED", "TAGS")
+    return table(header, rows, right="KEPT CHANGED STORED")
+
+
+def _diff_text(changed: dict[str, Extents]) -> Iterator[str]:
+    for name, each in changed.items():
+        yield f"{name}: {format_size(ranges.total(each))} in {len(each)} ranges"
+        for start, end in each.tolist():
+            yield f"  {start:#014x}  {format_size(end - start)}"
+
+
+def _export_file(reader: Any, region: Any, path: Path, force: bool, output: Output) -> int:
+    """Write beside the target and rename, so that a half-written export never has its name."""
+    if path.exists() and not force:
+        raise ConflictError(f"{path} exists: remove it, or use --force")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.perdure")
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError.from_os(error, str(path), "create") from error
+    try:
+        try:
+            os.ftruncate(descriptor, region.root.length)
+            written = int(reader.restore(region, descriptor, str(path), output.progress()))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError.from_os(error, str(path), "write") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return written
+
+
+def _pairs(words: list[str], form: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for word in words:
+        name, equals, file = word.partition("=")
+        if not equals or not _NAME.fullmatch(name) or not file:
+            raise UsageError(f"{word!r}: write {form}")
+        if name in pairs:
+            raise UsageError(f"region {name} is given twice")
+        pairs[name] = file
+    return pairs
+
+
+def _open_source(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_ranges(path: Path) -> list[tuple[int, int]]:
+    """[[offset, length], ...] in bytes. Raises UsageError."""
+    try:
+        rows = msgspec.json.decode(path.read_bytes(), type=list[tuple[int, int]])
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{path}: not a list of [offset, length]: {error}") from error
+    for offset, length in rows:
+        if offset < 0 or length < 0 or offset + length >= 1 << 62:
+            raise UsageError(f"{path}: [{offset}, {length}] is no range of bytes")
+    return rows
+
+
+def _within(rows: list[tuple[int, int]] | None, length: int, name: str) -> Extents | None:
+    """Ranges as extents. Raises UsageError for one beyond the file: it is about another image."""
+    if rows is None:
+        return None
+    extents = ranges.normalise([(offset, offset + count) for offset, count in rows])
+    if len(extents) and int(extents[-1, 1]) > -(-length // PAGE) * PAGE:
+        raise UsageError(f"--dirty {name}: a range ends at {int(extents[-1, 1])}, past the file's {length} bytes")
+    return extents
+
+
+def _output(options: Namespace) -> Output:
+    return Output(options.json, options.quiet)

@@ -1,0 +1,133 @@
+"""What a supervisor does for others: commands on its control socket, and requests of its guest."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from base.errors import UsageError
+from base.progress import Progress
+from base.units import format_size
+from perdure import documents
+from vm.protocol import Committed, RegionEntry, Welcome
+
+if TYPE_CHECKING:
+    from capture.generation import Captured
+    from perdure.supervisor import Supervisor
+
+Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
+"""Takes the arguments of a command and where its progress goes; gives the JSON document of its result."""
+
+
+class Requests:
+    """One supervisor's answers. Everything runs in its event loop."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._agent: str | None = None
+
+    def commands(self) -> dict[str, Command]:
+        """Commands of the control socket by name."""
+        return {
+            "status": self._status,
+            "stop": self._stop,
+            "reboot": self._reboot,
+            "snapshot": self._snapshot,
+            "rollback": self._rollback,
+            "regions": self._regions,
+            "mark": self._mark,
+            "unmark": self._unmark,
+        }
+
+    async def hello(self, boot_id: str, agent: str) -> Welcome:
+        """From the guest: its agent has started."""
+        supervisor = self._supervisor
+        machine = supervisor.machine
+        if self._agent != boot_id:
+            supervisor.say(f"{supervisor.vm} guest agent {agent} is up")
+        self._agent = boot_id
+        return Welcome(supervisor.vm, machine.restored, machine.table.query())
+
+    async def mark(self, address: int, size: int, name: str | None, owner: str) -> None:
+        """From the guest: make a range persistent."""
+        self._supervisor.machine.table.mark(address, size, name, owner)
+        label = "" if name is None else f" {name!r}"
+        self._supervisor.say(f"{self._supervisor.vm} tagged{label}: {format_size(size)} at {address:#x}")
+
+    async def unmark(self, address: int, size: int) -> None:
+        """From the guest: make a range volatile."""
+        self._supervisor.machine.table.unmark(address, size)
+        self._supervisor.say(f"{self._supervisor.vm} untagged {format_size(size)} at {address:#x}")
+
+    async def query(self) -> Sequence[RegionEntry]:
+        """From the guest: all devices and tags."""
+        return self._supervisor.machine.table.query()
+
+    async def checkpoint(self, request: int, name: str | None) -> Committed:
+        """From the guest: a generation on request, committed when this returns."""
+        metadata = {"checkpoint": {"request": request, "name": name}}
+        done = await self._supervisor.snapshot("checkpoint", metadata=metadata)
+        return Committed(done.generation.number, done.generation.id)
+
+    async def _status(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del arguments, progress
+        supervisor = self._supervisor
+        document: dict[str, Any] = {
+            "vm": supervisor.vm,
+            "state": supervisor.state,
+            "supervisor_since": supervisor.began,
+            "repository": str(supervisor.repository.path),
+        }
+        if supervisor.state in ("running", "held"):
+            document |= supervisor.machine.status()
+            document["agent"] = self._agent
+        return document
+
+    async def _stop(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del progress
+        ended = await self._supervisor.stop(keep=bool(arguments.get("capture")))
+        return {"vm": self._supervisor.vm, "stopped": True, "generation": ended.generation}
+
+    async def _reboot(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del arguments, progress
+        return {"vm": self._supervisor.vm, "captured": _number(await self._supervisor.reboot())}
+
+    async def _snapshot(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        tags = tuple(str(each) for each in arguments.get("tags", ()))
+        done = await self._supervisor.snapshot("snapshot", tags=tags, progress=progress)
+        return documents.made(done.generation, done.seconds)
+
+    async def _rollback(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        generation, captured = await self._supervisor.roll_back(
+            str(arguments["point"]), discard=bool(arguments.get("discard")), progress=progress
+        )
+        return {**documents.point(generation), "captured": _number(captured)}
+
+    async def _regions(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del arguments, progress
+        entries: list[dict[str, Any]] = msgspec.to_builtins(self._supervisor.machine.table.query())
+        return {"vm": self._supervisor.vm, "regions": entries}
+
+    async def _mark(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        name = arguments.get("name")
+        self._supervisor.machine.table.mark(*_range(arguments), None if name is None else str(name))
+        return await self._regions({}, progress)
+
+    async def _unmark(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        self._supervisor.machine.table.unmark(*_range(arguments))
+        return await self._regions({}, progress)
+
+
+def _range(arguments: dict[str, Any]) -> tuple[int, int]:
+    try:
+        return int(arguments["address"]), int(arguments["size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"a range needs an address and a size: {error}") from error
+
+
+def _number(done: Captured | None) -> int | None:
+    return None if done is None else done.generation.number
+
+

@@ -1,0 +1,307 @@
+"""The supervisor: one process per VM, in the foreground, that owns QEMU's monitor, the guest channel and captures.
+
+States: starting, running, held (a reboot or shutdown waits for its capture and scrub), rolling back, ended. One
+operation at a time; the repository is used from one thread only. A failure of ours never harms a running guest: a
+capture that fails at a reboot is reported and the reboot goes on, since what is tagged stays in memory; a restore
+that fails leaves the old QEMU as it was, or starts none. SIGKILL leaves QEMU running; the next `perdure run` takes
+it over. Everything here runs in one event loop's thread; blocking work goes to `_store`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from base.errors import ConflictError, PerdureError, one_line
+from base.progress import Progress
+from base.units import format_size
+from capture.generation import Captured, Execution, capture
+from perdure import documents
+from perdure.control import serve
+from perdure.machine import Launcher, Machine
+from perdure.requests import Requests
+from store.records import Generation
+from store.repository import Repository
+from vm.hold import Cause
+
+T = TypeVar("T")
+"""Result of work that is sent to the repository's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Why a supervisor returned. `detached`: the guest runs on without it."""
+
+    reason: str
+    detached: bool = False
+    interrupted: bool = False
+    generation: int | None = None
+
+
+class Supervisor:
+    """One VM, from launch or take-over to its end."""
+
+    def __init__(self, launcher: Launcher, repository: Repository, say: Callable[[str], None], progress: Progress) -> None:
+        self.launcher, self.repository, self.say = launcher, repository, say
+        self.vm = launcher.config.name
+        self.state = "starting"
+        self.began = time.time()
+        self._progress = progress
+        self._operation = asyncio.Lock()
+        self._store = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._machine: Machine | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._requests = Requests(self)
+
+    @property
+    def machine(self) -> Machine:
+        """The QEMU of now. Raises ConflictError while there is none."""
+        if self._machine is None:
+            raise ConflictError(f"VM {self.vm} is {self.state}: try again in a moment")
+        return self._machine
+
+    async def run(self, generation: Generation | None) -> Ended:
+        """Supervise until the VM ends or this process is told to leave it; `generation` is restored at a launch."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupted, number)
+        try:
+            async with serve(self.launcher.control, self._requests.commands()):
+                async with self._operation:
+                    if self.launcher.is_running():
+                        await self._adopt()
+                    else:
+                        await self._launch(generation)
+                return await self._ended
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+            await self._let_go()
+            self._store.shutdown()
+
+    async def in_store(self, work: Callable[[], T]) -> T:
+        """Run blocking work, the repository's above all, in its one thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._store, work)
+
+    async def snapshot(
+        self, cause: str, *, tags: tuple[str, ...] = (), metadata: dict[str, Any] | None = None, progress: Progress | None = None
+    ) -> Captured:
+        """A generation of the running VM. Raises what capture raises; the guest runs on in any case."""
+        async with self._operation:
+            machine = self.machine
+            execution = _Execution(machine, asyncio.get_running_loop())
+            return await self._capture(machine, cause, execution, tags, metadata, progress)
+
+    async def stop(self, *, keep: bool) -> Ended:
+        """End the VM, captured first if `keep`; if that fails the guest runs on."""
+        async with self._operation:
+            machine = self.machine
+            number = None
+            if keep:
+                await machine.stop()
+                try:
+                    number = (await self._capture(machine, "stop", None)).generation.number
+                except BaseException:
+                    await machine.cont()
+                    raise
+            await self._quit(machine)
+            ended = Ended("stopped", generation=number)
+            self._end(ended)
+            return ended
+
+    async def reboot(self) -> Captured | None:
+        """Reboot the VM from the host: capture, scrub, reset, as when the guest does it."""
+        async with self._operation:
+            machine = self.machine
+            await machine.stop()
+            return await self._go_through_reboot(machine)
+
+    async def roll_back(self, point: str, *, discard: bool, progress: Progress) -> tuple[Generation, Captured | None]:
+        """Boot a fresh QEMU with the persistent memory of a generation.
+
+        The new memory is restored and verified beside the old before the old QEMU is ended: until then, any error
+        leaves the guest as it was.
+        """
+        async with self._operation:
+            machine = self.machine
+            generation = await self.in_store(lambda: self._own(point))
+            prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, progress))
+            try:
+                await machine.stop()
+                captured = None if discard else await self._capture(machine, "rollback", None)
+            except BaseException:
+                await self.in_store(prepared.discard)
+                await machine.cont()
+                raise
+            self.state = "rolling back"
+            await self._quit(machine)
+            self._follow(await self.launcher.launch(prepared, self.in_store))
+            self.say(f"rolled back to {generation.name}: {prepared.summary}")
+            return generation, captured
+
+    def interrupt_reason(self) -> str:
+        """What a user is told who leaves a running VM."""
+        return f"{self.vm} runs on unsupervised: take it over with perdure run"
+
+    async def _launch(self, generation: Generation | None) -> None:
+        prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, self._progress))
+        machine = await self.launcher.launch(prepared, self.in_store)
+        self._follow(machine)
+        self.say(f"{self.vm} started (pid {machine.pid}, {machine.accelerator}): {prepared.summary}")
+        self.say(f"{self.vm} tracker: {machine.tracking.choice.kind} ({machine.tracking.choice.reason})")
+
+    async def _adopt(self) -> None:
+        machine = await self.launcher.adopt(self.repository, self.in_store)
+        self._follow(machine)
+        self.say(f"{self.vm} taken over (pid {machine.pid}), tracker {machine.tracking.choice.kind}")
+        if await machine.is_held():  # the event that said why came while nobody listened
+            self.say(f"{self.vm} had stopped itself while it was unsupervised: treated as a reboot")
+            await self._go_through_reboot(machine)
+
+    def _follow(self, machine: Machine) -> None:
+        self._machine = machine
+        self.state = "running"
+        machine.open_channel(self._requests, self.say)
+        self._watcher = asyncio.create_task(self._watch(machine))
+
+    async def _watch(self, machine: Machine) -> None:
+        """Act on what QEMU says until it is gone."""
+        try:
+            while (cause := await machine.next_hold()) is not None:
+                async with self._operation:
+                    if self._machine is not machine:
+                        return
+                    await self._held(machine, cause)
+            if self._machine is machine:
+                self._machine = None
+                self._end(Ended(f"QEMU ended: {machine.last_words()}"))
+        except PerdureError as error:
+            self._fail(error)
+
+    async def _held(self, machine: Machine, cause: Cause) -> None:
+        self.state = "held"
+        policy = self.launcher.config.policy
+        if cause is Cause.REBOOT:
+            await self._go_through_reboot(machine)
+            return
+        number = None
+        if policy.capture_on_shutdown:
+            done = await self._try_capture(machine, "shutdown" if cause is Cause.POWEROFF else "panic")
+            if done is None:
+                self.say(f"{self.vm} stays held, its memory as it was: `perdure stop {self.vm} --capture` tries again")
+                return
+            number = done.generation.number
+        await self._quit(machine)
+        self._end(Ended("the guest shut down" if cause is Cause.POWEROFF else "the guest panicked", generation=number))
+
+    async def _go_through_reboot(self, machine: Machine) -> Captured | None:
+        """A held VM: capture, scrub, verify, the user's hook, reset. What is tagged stays where it is."""
+        self.state = "held"
+        done = await self._try_capture(machine, "reboot") if self.launcher.config.policy.capture_on_reboot else None
+        scrubbed = await self.in_store(machine.scrub)
+        await self.launcher.before_boot(machine)
+        await machine.go_on_after_hold()
+        self.state = "running"
+        self.say(f"{self.vm} rebooted: {format_size(scrubbed)} scrubbed, verified")
+        return done
+
+    async def _try_capture(self, machine: Machine, cause: str) -> Captured | None:
+        """A failed capture must not keep a guest down: what it would have kept is still in memory."""
+        try:
+            return await self._capture(machine, cause, None)
+        except PerdureError as error:
+            self.say(f"{self.vm} NOT CAPTURED at {cause}: {one_line(error)}")
+            return None
+
+    async def _capture(
+        self,
+        machine: Machine,
+        cause: str,
+        execution: Execution | None,
+        tags: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Captured:
+        regions = machine.captured_regions()
+        facts = {**machine.metadata(), **(metadata or {})}
+
+        def work() -> Captured:
+            self.repository.refresh()
+            return capture(
+                self.repository,
+                self.vm,
+                regions,
+                machine.journal,
+                execution,
+                cause=cause,
+                parent=machine.parent,
+                tags=tags,
+                metadata=facts,
+                progress=progress or self._progress,
+            )
+
+        done = await self.in_store(work)
+        machine.committed(done)
+        self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
+        return done
+
+    def _own(self, point: str) -> Generation:
+        self.repository.refresh()
+        generation = self.repository.resolve(point)
+        if generation.vm != self.vm:
+            raise ConflictError(f"{generation.name} is a generation of another VM than {self.vm}")
+        return generation
+
+    async def _quit(self, machine: Machine) -> None:
+        self._machine = None
+        if self._watcher is not None and self._watcher is not asyncio.current_task():
+            self._watcher.cancel()
+        await machine.quit()
+
+    async def _let_go(self) -> None:
+        """Leave a running QEMU to the next supervisor."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._machine is not None:
+            machine, self._machine = self._machine, None
+            await machine.disconnect()
+
+    def _interrupted(self, number: int) -> None:
+        asyncio.ensure_future(self._leave(signal.Signals(number)))  # noqa: RUF006  # its result is `_ended`
+
+    async def _leave(self, number: signal.Signals) -> None:
+        """Ctrl-C and SIGTERM: capture if the policy says so, and leave the guest running."""
+        if self._machine is not None and number is signal.SIGTERM and self.launcher.config.policy.capture_on_terminate:
+            try:
+                await self.snapshot("terminate")
+            except PerdureError as error:
+                self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
+        self._end(Ended(self.interrupt_reason(), detached=self._machine is not None, interrupted=True))
+
+    def _end(self, ended: Ended) -> None:
+        self.state = "ended"
+        if not self._ended.done():
+            self._ended.set_result(ended)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+
+class _Execution:
+    """Stops and continues the guest for a capture, which runs in the repository's thread."""
+
+    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop) -> None:
+        self._machine, self._loop = machine, loop
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._machine.stop(), self._loop).result()
+
+    def cont(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._machine.cont(), self._loop).result()

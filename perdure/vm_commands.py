@@ -1,0 +1,163 @@
+"""Commands about running VMs: `run` is the supervisor, the others talk to one over its control socket."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from base.errors import NotFoundError, UsageError
+from base.units import format_size, parse_size
+from perdure import places
+from perdure.control import call
+from perdure.output import Output, moment, table
+
+CONTROL = "control.sock"
+
+
+def run(options: Namespace) -> int:
+    """`perdure run`"""
+    from perdure.running import run_vm
+
+    return run_vm(options, _output(options))
+
+
+def status(options: Namespace) -> None:
+    """`perdure status`"""
+    output = _output(options)
+    if options.vm:
+        found = _call(options.vm, "status", {}, output)
+        output.result(found, lambda: _status_text(found))
+        return
+    all_of_them = []
+    for path in sorted(places.runtime_folder().glob(f"*/{CONTROL}")):
+        try:
+            all_of_them.append(call(path, "status", {}))
+        except NotFoundError:
+            name = path.parent.name
+            all_of_them.append({"vm": name, "state": "unsupervised", "hint": "take it over with perdure run"})
+    output.result({"vms": all_of_them}, lambda: _list_text(all_of_them))
+
+
+def stop(options: Namespace) -> None:
+    """`perdure stop`"""
+    output = _output(options)
+    done = _call(options.vm, "stop", {"capture": options.capture}, output)
+    made = f", captured as {options.vm}@{done['generation']}" if done.get("generation") else ""
+    output.result(done, lambda: [f"{options.vm} stopped{made}"])
+
+
+def reboot(options: Namespace) -> None:
+    """`perdure reboot`"""
+    output = _output(options)
+    done = _call(options.vm, "reboot", {}, output)
+    output.result(done, lambda: [f"{options.vm} rebooted; {_kept_as(done)}"])
+
+
+def snapshot(options: Namespace) -> None:
+    """`perdure snapshot`"""
+    output = _output(options)
+    done = _call(options.vm, "snapshot", {"tags": options.tag}, output)
+    output.result(done, lambda: [_snapshot_text(done)])
+
+
+def rollback(options: Namespace) -> None:
+    """`perdure rollback`"""
+    output = _output(options)
+    vm, at, _ = options.point.rpartition("@")
+    if not at:
+        raise UsageError(f"{options.point!r}: write VM@N, so that it is clear which VM is rolled back")
+    done = _call(vm, "rollback", {"point": options.point, "discard": options.discard}, output)
+    output.result(
+        done, lambda: [f"{vm} boots with the persistent memory of {vm}@{done['generation']}; {_kept_as(done)}"]
+    )
+
+
+def regions(options: Namespace) -> None:
+    """`perdure regions VM`, `regions mark VM ADDRESS SIZE`, `regions unmark VM ADDRESS SIZE`"""
+    output = _output(options)
+    words = options.words
+    if len(words) == 4 and words[0] in ("mark", "unmark"):
+        verb, vm, *numbers = words
+        try:
+            address, count = (parse_size(each) for each in numbers)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        arguments: dict[str, Any] = {"address": address, "size": count}
+        if verb == "mark":
+            arguments["name"] = options.name
+        found = _call(vm, verb, arguments, output)
+    elif len(words) == 1:
+        found = _call(words[0], "regions", {}, output)
+    else:
+        raise UsageError("write `regions VM`, `regions mark VM ADDRESS SIZE` or `regions unmark VM ADDRESS SIZE`")
+    output.result(found, lambda: _regions_text(found["regions"]))
+
+
+def _call(vm: str, command: str, arguments: dict[str, Any], output: Output) -> dict[str, Any]:
+    if not vm or "/" in vm or vm.startswith("."):
+        raise UsageError(f"{vm!r} is no VM name")
+    folder = places.vm_runtime(vm)
+    if not folder.exists():
+        raise NotFoundError(f"VM {vm} is not running: start it with perdure run")
+    return call(folder / CONTROL, command, arguments, output.progress())
+
+
+def _kept_as(done: dict[str, Any]) -> str:
+    return f"what it had is {done['vm']}@{done['captured']}" if done.get("captured") else "what it had was not captured"
+
+
+def _snapshot_text(done: dict[str, Any]) -> str:
+    return (
+        f"{done['vm']}@{done['generation']} {done['id'][:12]}: {format_size(done['region_bytes'])} kept, "
+        f"{format_size(done['dirty_bytes'])} changed, {format_size(done['stored_bytes'])} stored "
+        f"in {done['seconds']:.2f} s, paused {done['pause_ms']:.1f} ms"
+    )
+
+
+def _list_text(found: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        (each["vm"], each["state"], each.get("pid", "-"), each.get("generation") or "-", each.get("tracker", "-"))
+        for each in found
+    ]
+    return table(("VM", "STATE", "PID", "GENERATION", "TRACKER"), rows)
+
+
+def _status_text(found: dict[str, Any]) -> Iterator[str]:
+    for key in ("vm", "state", "pid", "generation", "repository", "accelerator", "tracker", "agent"):
+        if found.get(key) is not None:
+            yield f"{key:<12} {found[key]}"
+    for name, region in found.get("regions", {}).items():
+        yield (
+            f"region       {name}: {format_size(region['kept_bytes'])} kept of {format_size(region['size'])}, "
+            f"{region['mode']}"
+        )
+    for warning in found.get("warnings", []):
+        yield f"warning      {warning}"
+
+
+def _regions_text(found: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        (
+            f"{each['address']:#x}-{each['address'] + each['size'] - 1:#x}",
+            each["class"],
+            format_size(each["size"]),
+            "-" if not each.get("modified") else _local(each["modified"]),
+            each["permissions"],
+            each.get("owner") or "-",
+            each.get("name") or each["device"],
+        )
+        for each in found
+    ]
+    return table(("RANGE", "CLASS", "SIZE", "LAST MODIFIED", "PERM", "OWNER", "NAME"), rows, right="SIZE")
+
+
+def _local(seconds: float) -> str:
+    return moment(datetime.fromtimestamp(seconds, UTC).isoformat())
+
+
+def _output(options: Namespace) -> Output:
+    return Output(options.json, options.quiet)
+
+

@@ -1,0 +1,210 @@
+"""The catalog: what LMDB caches of a repository, packs and history, besides the chunk index.
+
+Everything in it is replayed from records and pack footers, in the order of the repository's sequence, inside the
+caller's transaction; nothing stands here alone. Keys are big-endian numbers so that LMDB's order is theirs.
+
+    meta         "last" -> sequence (8), hash of that record (32)
+                 "next pack" -> number (4)
+    packs        pack number (4) -> pack header (64), size (8), frame offsets and footer offset (4 each)
+    pack_ids     pack id (16) -> pack number (4)
+    vms          VM name -> VM id (16), highest generation number ever used (8)
+    generations  VM id (16), number (8) -> sequence (8), record id (32), parent (32), body as JSON
+    ids          record id (32) -> VM id (16), number (8)
+
+Pack numbers are local to this host's catalog; 0 is none.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from base.errors import IntegrityError, NotFoundError
+from store import format as layout
+from store.format_keys import SEAL_OVERHEAD
+from store.index import LOCATION, Index
+from store.packs import PackEntry, PackInfo
+from store.records import Generation, GenerationBody, Record, TombstoneBody, generation_of
+
+if TYPE_CHECKING:
+    import lmdb
+
+    from store.environment import Environment
+
+DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids")
+
+_LAST = struct.Struct(">Q32s")
+_NUMBER = struct.Struct(">I")
+_VM = struct.Struct(">16sQ")
+_GENERATION = struct.Struct(">Q32s32s")
+_PACK_SIZE = struct.Struct("<Q")
+
+
+class Catalog:
+    """Typed access to the catalog's databases. Every method takes the caller's transaction."""
+
+    def __init__(self, environment: Environment, index: Index) -> None:
+        self._environment = environment
+        self._index = index
+        self._entries: dict[int, PackEntry] = {}
+
+    def last(self, txn: lmdb.Transaction) -> tuple[int, bytes]:
+        """(sequence, hash) of the newest record replayed; (0, zeros) before the first."""
+        value = self._get(txn, "meta", b"last")
+        if value is None:
+            return 0, layout.ZERO_ID
+        sequence, record_id = _LAST.unpack(value)
+        return sequence, record_id
+
+    def apply(self, txn: lmdb.Transaction, record: Record, packs: list[PackInfo]) -> None:
+        """Replay one record, the next in sequence. `packs` are those that it names and that are not known yet."""
+        for pack in packs:
+            self.add_pack(txn, pack)
+        header, body = record.header, record.body
+        if isinstance(body, GenerationBody):
+            self._put(txn, "vms", body.vm.encode(), _VM.pack(header.vm_id, header.number))
+            key = _VM.pack(header.vm_id, header.number)
+            value = _GENERATION.pack(header.sequence, record.id, header.parent) + msgspec.json.encode(body)
+            self._put(txn, "generations", key, value)
+            self._put(txn, "ids", record.id, key)
+        elif isinstance(body, TombstoneBody):
+            key = _VM.pack(header.vm_id, header.number)
+            known = self._get(txn, "generations", key)
+            if known is not None:
+                self._delete(txn, "ids", _GENERATION.unpack_from(known)[1])
+                self._delete(txn, "generations", key)
+        self._put(txn, "meta", b"last", _LAST.pack(header.sequence, record.id))
+
+    def add_pack(self, txn: lmdb.Transaction, pack: PackInfo) -> None:
+        """Make a pack's chunks findable; does nothing for a pack that is known."""
+        if self._get(txn, "pack_ids", pack.header.pack_id) is not None:
+            return
+        number = _NUMBER.unpack(self._get(txn, "meta", b"next pack") or _NUMBER.pack(1))[0]
+        self._put(txn, "meta", b"next pack", _NUMBER.pack(number + 1))
+        self._put(txn, "pack_ids", pack.header.pack_id, _NUMBER.pack(number))
+        footer_bytes = layout.FOOTER_HEADER.size + 6 * len(pack.footer.offsets) + layout.ID_BYTES * len(pack.footer.ids)
+        end = pack.size - layout.PACK_TRAILER.size - footer_bytes - SEAL_OVERHEAD
+        offsets = np.append(pack.footer.offsets, np.uint32(end)).astype("<u4")
+        value = layout.encode_pack_header(pack.header) + _PACK_SIZE.pack(pack.size) + offsets.tobytes()
+        self._put(txn, "packs", _NUMBER.pack(number), value)
+        counts = pack.footer.counts.astype(np.int64)
+        locations = np.zeros(len(pack.footer.ids), LOCATION)
+        locations["pack"] = number
+        locations["frame"] = np.repeat(np.arange(len(counts)), counts)
+        locations["slot"] = np.arange(len(locations)) - np.repeat(np.cumsum(counts) - counts, counts)
+        if len(locations):
+            self._index.add(txn, pack.footer.ids, locations)
+
+    def pack(self, number: int) -> PackEntry:
+        """A pack by its number, for readers of frames. Raises IntegrityError."""
+        entry = self._entries.get(number)
+        if entry is None:
+            with self._environment.read() as txn:
+                value = self._get(txn, "packs", _NUMBER.pack(number))
+            if value is None:
+                raise IntegrityError(f"pack {number} of the local index", "is not known")
+            header = layout.decode_pack_header(value[: layout.PACK_HEADER.size], f"pack {number} of the local index")
+            offsets = np.frombuffer(value, "<u4", -1, layout.PACK_HEADER.size + _PACK_SIZE.size).astype(np.uint32)
+            entry = self._entries[number] = PackEntry(header, offsets)
+        return entry
+
+    def pack_number(self, txn: lmdb.Transaction, pack_id: bytes) -> int:
+        """Number of a known pack, 0 if it is not known."""
+        value = self._get(txn, "pack_ids", pack_id)
+        return 0 if value is None else int(_NUMBER.unpack(value)[0])
+
+    def pack_numbers(self, txn: lmdb.Transaction) -> list[int]:
+        """Numbers of all packs, ascending."""
+        return [int(_NUMBER.unpack(key)[0]) for key, _ in self._items(txn, "packs")]
+
+    def has_packs(self, txn: lmdb.Transaction, numbers: set[int]) -> bool:
+        """Whether all these packs are still there."""
+        return all(self._get(txn, "packs", _NUMBER.pack(each)) is not None for each in numbers)
+
+    def vm(self, txn: lmdb.Transaction, name: str) -> tuple[bytes, int] | None:
+        """(VM id, highest number ever used), None for a name that never had a generation."""
+        value = self._get(txn, "vms", name.encode())
+        if value is None:
+            return None
+        vm_id, highest = _VM.unpack(value)
+        return vm_id, highest
+
+    def vms(self, txn: lmdb.Transaction) -> list[str]:
+        """Names of all VMs that have generations now."""
+        names = []
+        for name, value in self._items(txn, "vms"):
+            if next(self._scan(txn, "generations", value[:16]), None) is not None:
+                names.append(name.decode())
+        return names
+
+    def generations(self, txn: lmdb.Transaction, name: str) -> list[Generation]:
+        """All generations of a VM, oldest first; empty for an unknown VM."""
+        vm = self.vm(txn, name)
+        if vm is None:
+            return []
+        return [self._generation(key, value) for key, value in self._scan(txn, "generations", vm[0])]
+
+    def generation(self, txn: lmdb.Transaction, name: str, number: int) -> Generation:
+        """One generation. Raises NotFoundError, which says whether it was forgotten or never was."""
+        vm = self.vm(txn, name)
+        if vm is None:
+            raise NotFoundError(f"no VM {name} in this repository")
+        key = _VM.pack(vm[0], number)
+        value = self._get(txn, "generations", key)
+        if value is None:
+            what = "was forgotten" if 0 < number <= vm[1] else f"does not exist: the newest is {name}@{vm[1]}"
+            raise NotFoundError(f"generation {name}@{number} {what}")
+        return self._generation(key, value)
+
+    def latest(self, txn: lmdb.Transaction, name: str, back: int = 0) -> Generation:
+        """The newest generation of a VM, or the one `back` before it. Raises NotFoundError."""
+        found = self.generations(txn, name)
+        if not found:
+            raise NotFoundError(f"no VM {name} in this repository")
+        if back >= len(found):
+            raise NotFoundError(f"VM {name} has only {len(found)} generations")
+        return found[-1 - back]
+
+    def by_prefix(self, txn: lmdb.Transaction, prefix: str) -> list[Generation]:
+        """Generations whose id begins with these hex digits, at most two (to tell that it is ambiguous)."""
+        found: list[Generation] = []
+        for record_id, key in self._scan(txn, "ids", bytes.fromhex(prefix[: len(prefix) // 2 * 2])):
+            if record_id.hex().startswith(prefix):
+                found.append(self._generation(key, self._get(txn, "generations", key) or b""))
+                if len(found) == 2:
+                    break
+        return found
+
+    def _generation(self, key: bytes, value: bytes) -> Generation:
+        vm_id, number = _VM.unpack(key)
+        sequence, record_id, parent = _GENERATION.unpack_from(value)
+        body = msgspec.json.decode(value[_GENERATION.size :], type=GenerationBody)
+        header = layout.RecordHeader(
+            layout.RECORD_GENERATION, 0, sequence, layout.ZERO_ID, vm_id, number, parent, layout.ZERO_ID
+        )
+        return generation_of(header, body, record_id)
+
+    def _get(self, txn: lmdb.Transaction, database: str, key: bytes) -> bytes | None:
+        value = txn.get(key, db=self._environment.database(database))
+        return None if value is None else bytes(value)
+
+    def _put(self, txn: lmdb.Transaction, database: str, key: bytes, value: bytes) -> None:
+        txn.put(key, value, db=self._environment.database(database))
+
+    def _delete(self, txn: lmdb.Transaction, database: str, key: bytes) -> None:
+        txn.delete(key, db=self._environment.database(database))
+
+    def _items(self, txn: lmdb.Transaction, database: str) -> Iterator[tuple[bytes, bytes]]:
+        return self._scan(txn, database, b"")
+
+    def _scan(self, txn: lmdb.Transaction, database: str, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        with txn.cursor(db=self._environment.database(database)) as cursor:
+            if cursor.set_range(prefix) if prefix else cursor.first():
+                for key, value in cursor:
+                    if not bytes(key).startswith(prefix):
+                        return
+                    yield bytes(key), bytes(value)

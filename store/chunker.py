@@ -1,0 +1,159 @@
+"""What a capture worker does to pages: copy once, find zeros, hash, and later pack those the parent wants.
+
+The capture-once rule: a guest or another process may write to a page at any time, so every batch is copied out
+of its file into a private buffer exactly once, and zero test, hash, comparison and compression see only that
+copy. One `Chunker` belongs to one process (a worker, or the parent for small work); it never opens the index.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from base.errors import StorageError
+from base.extents import Extents
+from store import format as layout
+from store.packs import Compressor, PackInfo, PackWriter, SealingKeys
+from store.storage import Storage
+
+
+class ChunkKeys(SealingKeys, Protocol):
+    """Keys of a worker: sealing, and the keys of chunk ids."""
+
+    def id_key(self, domain: str, level: int = 0) -> bytes:
+        """Key of BLAKE3 for ids of one domain and level."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackingSettings:
+    """How chunks become packs. `frame_bytes` of content a frame, `pack_bytes` at which a pack is closed."""
+
+    level: int = 1
+    frame_bytes: int = 64 << 10
+    pack_bytes: int = 64 << 20
+
+
+class Chunker:
+    """Reads batches and packs what of them is new."""
+
+    def __init__(self, storage: Storage, keys: ChunkKeys, settings: PackingSettings) -> None:
+        self._storage, self._keys, self._settings = storage, keys, settings
+        self._id_key = keys.id_key("chunk")
+        self._compress = Compressor(settings.level)
+        self._batches: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+        self._pack: PackWriter | None = None
+        self._carry: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
+        self._done: list[PackInfo] = []
+        self._free: list[NDArray[np.uint8]] = []
+
+    def read(self, token: int, descriptor: int, extents: Extents, chunk_size: int) -> NDArray[np.uint8]:
+        """Copy a batch and give the ids of its chunks, uint8 (n, 32), zero ids for zero chunks.
+
+        `extents` are chunk-aligned; bytes past the end of the file are zero. The copy stays here under `token`
+        until `keep`. Raises StorageError.
+        """
+        size = int((extents[:, 1] - extents[:, 0]).sum())
+        buffer = self._buffer(size)
+        read_extents(descriptor, extents, buffer)
+        chunks = buffer.reshape(-1, chunk_size)
+        ids = chunk_ids(chunks, self._id_key)
+        self._batches[token] = (ids, chunks)
+        return ids
+
+    def keep(self, token: int, wanted: NDArray[np.bool_]) -> None:
+        """Pack the chunks of a batch that `wanted` (n,) marks, and forget the batch. Raises StorageError."""
+        ids, chunks = self._batches.pop(token)
+        if wanted.any():
+            self._add(ids[wanted], chunks[wanted])
+        self._free.append(chunks.reshape(-1))
+
+    def finish(self) -> list[PackInfo]:
+        """Publish what is open; gives all packs published. Raises StorageError, IntegrityError."""
+        if self._carry is not None:
+            ids, chunks = self._carry
+            self._carry = None
+            self._emit(ids, chunks)
+        self._close_pack()
+        done, self._done = self._done, []
+        return done
+
+    def abandon(self) -> None:
+        """Drop everything that is not published."""
+        self._batches.clear()
+        self._carry = None
+        self._done = []
+        if self._pack is not None:
+            self._pack.abandon()
+            self._pack = None
+
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        for at, each in enumerate(self._free):
+            if len(each) == size:
+                return self._free.pop(at)
+        del self._free[4:]
+        return np.empty(size, np.uint8)
+
+    def _add(self, ids: NDArray[np.uint8], chunks: NDArray[np.uint8]) -> None:
+        if self._carry is not None:
+            if self._carry[1].shape[1] == chunks.shape[1]:
+                ids = np.concatenate([self._carry[0], ids])
+                chunks = np.concatenate([self._carry[1], chunks])
+            else:
+                self._emit(*self._carry)
+            self._carry = None
+        per_frame = max(1, self._settings.frame_bytes // chunks.shape[1])
+        whole = len(ids) // per_frame * per_frame
+        for at in range(0, whole, per_frame):
+            self._emit(ids[at : at + per_frame], chunks[at : at + per_frame])
+        if whole < len(ids):
+            self._carry = (ids[whole:].copy(), chunks[whole:].copy())
+
+    def _emit(self, ids: NDArray[np.uint8], chunks: NDArray[np.uint8]) -> None:
+        if self._pack is None:
+            self._pack = PackWriter(self._storage, self._keys, layout.PACK_DATA)
+        codec, payload = self._compress(chunks.reshape(-1).data)
+        self._pack.add(codec, chunks.shape[1], ids.tobytes(), payload)
+        if self._pack.size >= self._settings.pack_bytes:
+            self._close_pack()
+
+    def _close_pack(self) -> None:
+        if self._pack is not None:
+            pack, self._pack = self._pack, None
+            self._done.append(pack.close())
+
+
+def chunk_ids(chunks: NDArray[np.uint8], key: bytes) -> NDArray[np.uint8]:
+    """Ids of chunks (n, size) as uint8 (n, 32); the id of an all-zero chunk is zero.
+
+    Source: BLAKE3 keyed mode, one call a chunk: the one loop that Python cannot batch (2.6 us for 4 KiB).
+    """
+    count = len(chunks)
+    ids = np.zeros((count, layout.ID_BYTES), np.uint8)
+    words = chunks.view(np.uint64) if chunks.shape[1] % 8 == 0 else chunks
+    live = np.flatnonzero(np.bitwise_or.reduce(words, axis=1))  # 2.3 times as fast as any()
+    if len(live):
+        digests = b"".join([blake3(each, key=key).digest() for each in map(chunks.__getitem__, live.tolist())])
+        ids[live] = np.frombuffer(digests, np.uint8).reshape(-1, layout.ID_BYTES)
+    return ids
+
+
+def read_extents(descriptor: int, extents: Extents, buffer: NDArray[np.uint8]) -> None:
+    """Read the extents one after the other into `buffer`; what lies past the end of the file reads as zeros."""
+    at = 0
+    view = buffer.data
+    for start, end in extents.tolist():
+        want = end - start
+        try:
+            got = os.preadv(descriptor, [view[at : at + want]], start)
+            while 0 < got < want and (more := os.preadv(descriptor, [view[at + got : at + want]], start + got)):
+                got += more
+        except OSError as error:
+            raise StorageError.from_os(error, f"file of descriptor {descriptor}", "read") from error
+        if got < want:
+            buffer[at + got : at + want] = 0
+        at += want

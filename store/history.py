@@ -1,0 +1,68 @@
+"""What this host remembers of a repository's history, outside the repository and outside the index.
+
+One small file holds the newest (sequence, hash) that was seen. A repository that no longer has that record, or
+has another in its place, was put back or changed, and is refused. Belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from base.errors import IntegrityError, StorageError
+from store import format as layout
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    sequence: int
+    hash: str
+
+
+class History:
+    """The memory of one repository."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = _Seen(0, layout.ZERO_ID.hex())
+        try:
+            self._seen = msgspec.json.decode(path.read_bytes(), type=_Seen)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StorageError.from_os(error, str(path), "read") from error
+        except msgspec.DecodeError as error:
+            raise IntegrityError(
+                str(path),
+                f"what this host remembers of the repository is damaged ({error}): "
+                "check the repository, then remove this file",
+            ) from error
+
+    def check(self, hash_of: Callable[[int], bytes | None]) -> None:
+        """Compare with the repository. Raises IntegrityError."""
+        sequence = self._seen.sequence
+        if sequence == 0:
+            return
+        found = hash_of(sequence)
+        if found is None:
+            raise IntegrityError(
+                layout.record_name(sequence), "is gone though this host has seen it: the repository's history went back"
+            )
+        if found.hex() != self._seen.hash:
+            raise IntegrityError(
+                layout.record_name(sequence), "is not the record that this host has seen: history was changed"
+            )
+
+    def advance(self, sequence: int, record_hash: bytes) -> None:
+        """Remember a newer record. Atomic, not synced: after a power loss an older memory is as true."""
+        if sequence <= self._seen.sequence:
+            return
+        self._seen = _Seen(sequence, record_hash.hex())
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(msgspec.json.encode(self._seen))
+            temporary.rename(self._path)
+        except OSError as error:
+            raise StorageError.from_os(error, str(self._path), "write") from error

@@ -1,0 +1,142 @@
+"""Page-map nodes in the store: found through the index, written raw into packs of their own.
+
+`StoredNodes` reads nodes of committed generations. `NodeWriter` also holds those of the generation being made, so
+that a page map can be changed window by window before anything is published. Each belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base.errors import IntegrityError
+from store import format as layout
+from store.index import LOCATION, Index
+from store.pagemap import FANOUT
+from store.packs import FrameReader, PackInfo, PackWriter, SealingKeys
+from store.storage import Storage
+
+if TYPE_CHECKING:
+    from store.environment import Environment
+
+NODE_BYTES = FANOUT * layout.ID_BYTES
+_NODES_PER_FRAME = 64
+
+
+class StoredNodes:
+    """Nodes of committed generations."""
+
+    def __init__(self, environment: Environment, index: Index, frames: FrameReader) -> None:
+        self._environment, self._index, self._frames = environment, index, frames
+
+    def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Nodes (n, 32, 32) of the given ids (n, 32). Raises IntegrityError for one that is not there."""
+        locations = self.locate(ids)
+        missing = np.flatnonzero(locations["pack"] == 0)
+        if len(missing):
+            chunk = bytes(ids[missing[0]]).hex()
+            raise IntegrityError("page map", f"a node of level {level} is in no pack", chunk=chunk)
+        return self.read(ids, locations)
+
+    def locate(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
+        """Locations (n,) of ids, pack 0 where there is none."""
+        with self._environment.read() as txn:
+            return self._index.lookup(txn, ids)
+
+    def read(self, ids: NDArray[np.uint8], locations: NDArray[np.void]) -> NDArray[np.uint8]:
+        """Nodes at known places, each frame opened once."""
+        nodes = np.empty((len(ids), NODE_BYTES), np.uint8)
+        for pack, frame, members in by_frame(locations):
+            found, chunks = self._frames.frame(pack, frame)
+            slots = locations["slot"][members]
+            if int(slots.max()) >= len(found) or not bool((found[slots] == ids[members]).all()):
+                raise self._frames.misplaced(pack, frame, bytes(ids[members[0]]))
+            if chunks.shape[1] != NODE_BYTES:
+                raise IntegrityError(
+                    "page map", f"a node has {chunks.shape[1]} bytes", chunk=bytes(ids[members[0]]).hex()
+                )
+            nodes[members] = chunks[slots]
+        return nodes.reshape(-1, FANOUT, layout.ID_BYTES)
+
+
+class NodeWriter:
+    """Source and sink of nodes for a generation being made."""
+
+    def __init__(self, storage: Storage, keys: SealingKeys, stored: StoredNodes, pack_bytes: int) -> None:
+        self._storage, self._keys, self._stored, self._pack_bytes = storage, keys, stored, pack_bytes
+        self._open: list[PackWriter] = []
+        self._places: dict[bytes, tuple[int, int, int]] = {}
+        self._waiting: dict[bytes, bytes] = {}
+        self.hit_packs: set[int] = set()
+
+    def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Nodes of this generation or of committed ones."""
+        nodes = np.empty((len(ids), NODE_BYTES), np.uint8)
+        elsewhere = []
+        for at, name in enumerate(map(bytes, ids)):
+            waiting = self._waiting.get(name)
+            place = self._places.get(name)
+            if waiting is not None:
+                nodes[at] = np.frombuffer(waiting, np.uint8)
+            elif place is not None:
+                nodes[at] = self._open[place[0]].frame(place[1])[1][place[2]]
+            else:
+                elsewhere.append(at)
+        if elsewhere:
+            nodes[elsewhere] = self._stored.fetch(level, ids[elsewhere]).reshape(-1, NODE_BYTES)
+        return nodes.reshape(-1, FANOUT, layout.ID_BYTES)
+
+    def put(self, level: int, ids: NDArray[np.uint8], nodes: NDArray[np.uint8]) -> None:  # noqa: ARG002  # protocol
+        """Take new nodes; those that the store holds already are not written again."""
+        locations = self._stored.locate(ids)
+        known = locations["pack"] != 0
+        self.hit_packs.update(np.unique(locations["pack"][known]).tolist())
+        flat = nodes.reshape(-1, NODE_BYTES)
+        for at in np.flatnonzero(~known).tolist():
+            name = bytes(ids[at])
+            if name not in self._places and name not in self._waiting:
+                self._waiting[name] = flat[at].tobytes()
+                if len(self._waiting) == _NODES_PER_FRAME:
+                    self._emit()
+
+    def finish(self) -> list[PackInfo]:
+        """Publish the packs of nodes."""
+        self._emit()
+        done = [pack.close() for pack in self._open]
+        self._open = []
+        return done
+
+    def abandon(self) -> None:
+        """Drop what is not published."""
+        for pack in self._open:
+            pack.abandon()
+        self._open = []
+
+    def _emit(self) -> None:
+        if not self._waiting:
+            return
+        if not self._open or self._open[-1].size >= self._pack_bytes:
+            self._open.append(PackWriter(self._storage, self._keys, layout.PACK_NODES))
+        pack = self._open[-1]
+        number = pack.add(layout.CODEC_RAW, NODE_BYTES, b"".join(self._waiting), b"".join(self._waiting.values()))
+        for slot, name in enumerate(self._waiting):
+            self._places[name] = (len(self._open) - 1, number, slot)
+        self._waiting = {}
+
+
+def by_frame(locations: NDArray[np.void]) -> list[tuple[int, int, NDArray[np.intp]]]:
+    """Group locations (dtype LOCATION) by frame, in order of pack and frame: [(pack, frame, member indices)]."""
+    assert locations.dtype == LOCATION
+    if not len(locations):
+        return []
+    key = (locations["pack"].astype(np.uint64) << np.uint64(32)) | locations["frame"]
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    parts = np.split(order, starts[1:])
+    return [
+        (int(ordered[start]) >> 32, int(ordered[start]) & 0xFFFFFFFF, members)
+        for start, members in zip(starts.tolist(), parts, strict=True)
+    ]

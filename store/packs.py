@@ -1,0 +1,278 @@
+"""Packs: written once by one writer, read by frame.
+
+`PackWriter` seals frames into a pending object and publishes it complete, after reading back and opening every
+frame that it sealed. `FrameReader` fetches frames of published packs, opens and decompresses them, and proves
+that a chunk is the one wanted by comparing ids under the seal. A writer belongs to one thread; a reader may be
+shared between threads.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from base.errors import IntegrityError
+from store import format as layout
+from store.keys import Sealer
+from store.storage import PendingObject, Storage
+
+_WRITE_BUFFER = 1 << 20
+
+
+class SealingKeys(Protocol):
+    """What packs need of the keys; `store.keys.Keys` and what a worker has both fit."""
+
+    @property
+    def current_epoch(self) -> int:
+        """Epoch under which new packs are sealed."""
+
+    def sealer(self, kind: int, object_id: bytes, epoch: int, salt: bytes) -> Sealer:
+        """The sealer of one pack."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackInfo:
+    """A published pack as its writer, or a reader of its footer, knows it. `size` in bytes."""
+
+    header: layout.PackHeader
+    footer: layout.PackFooter
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Its storage name."""
+        return layout.pack_name(self.header.pack_id)
+
+
+class PackWriter:
+    """One pack in the making."""
+
+    def __init__(self, storage: Storage, keys: SealingKeys, kind: int) -> None:
+        self.header = layout.PackHeader(kind, keys.current_epoch, secrets.token_bytes(16), secrets.token_bytes(32))
+        self.name = layout.pack_name(self.header.pack_id)
+        self._sealer = keys.sealer(kind, self.header.pack_id, self.header.epoch, self.header.salt)
+        self._object: PendingObject = storage.create(self.name)
+        self._buffer: list[bytes] = [layout.encode_pack_header(self.header)]
+        self._buffered = layout.PACK_HEADER.size
+        self.size = self._buffered
+        self._offsets: list[int] = []
+        self._counts: list[int] = []
+        self._ids: list[bytes] = []
+
+    @property
+    def frames(self) -> int:
+        """Frames written so far."""
+        return len(self._offsets)
+
+    def add(self, codec: int, chunk_size: int, ids: bytes, payload: bytes | memoryview) -> int:
+        """Seal one frame; gives its number. `ids` are the chunk ids one after the other."""
+        number = len(self._offsets)
+        sealed = self._sealer.seal(number, layout.encode_frame(codec, chunk_size, ids, payload))
+        self._offsets.append(self.size)
+        self._counts.append(len(ids) // layout.ID_BYTES)
+        self._ids.append(ids)
+        self._append(layout.FRAME_LENGTH.pack(len(sealed)), sealed)
+        return number
+
+    def close(self) -> PackInfo:
+        """Write the footer, read everything back, publish. The caller settles the folder. Raises StorageError,
+        IntegrityError (what is on the disk is not what was sealed: nothing is published)."""
+        try:
+            ids = np.frombuffer(b"".join(self._ids), np.uint8).reshape(-1, layout.ID_BYTES)
+            offsets, counts = np.array(self._offsets, np.uint32), np.array(self._counts, np.uint16)
+            footer = layout.PackFooter(offsets, counts, ids)
+            sealed = self._sealer.seal(layout.FOOTER_NUMBER, layout.encode_footer(footer))
+            end = self.size
+            self._append(sealed, layout.encode_pack_trailer(len(sealed), len(self._offsets)))
+            self._flush()
+            self._read_back(end, len(sealed))
+            self._object.publish()
+        except BaseException:
+            self.abandon()
+            raise
+        return PackInfo(self.header, footer, self.size)
+
+    def abandon(self) -> None:
+        """Drop what was written."""
+        self._object.abandon()
+
+    def frame(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """A frame of this unpublished pack again: (ids (c, 32), chunks (c, chunk size))."""
+        self._flush()
+        length = layout.FRAME_LENGTH.unpack(self._object.read_back(self._offsets[number], 4))[0]
+        sealed = self._object.read_back(self._offsets[number] + 4, length)
+        return open_frame(self._sealer, number, sealed, self.name, self._offsets[number])
+
+    def _append(self, *parts: bytes) -> None:
+        self._buffer.extend(parts)
+        count = sum(map(len, parts))
+        self._buffered += count
+        self.size += count
+        if self._buffered >= _WRITE_BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._buffer:
+            self._object.write(self._buffer)
+            self._buffer, self._buffered = [], 0
+
+    def _read_back(self, end: int, footer_bytes: int) -> None:
+        """Open every frame from the file. Its plaintext was compared with its content when it was compressed."""
+        number, at = 0, layout.PACK_HEADER.size
+        while at < end:
+            stop = int(np.searchsorted(self._offsets, at + _WRITE_BUFFER)) if at + _WRITE_BUFFER < end else self.frames
+            stop = max(stop, number + 1)
+            upto = self._offsets[stop] if stop < self.frames else end
+            piece = memoryview(self._object.read_back(at, upto - at))
+            for each in range(number, stop):
+                begin = self._offsets[each] - at
+                length = layout.FRAME_LENGTH.unpack_from(piece, begin)[0]
+                self._sealer.open(each, piece[begin + 4 : begin + 4 + length])
+            number, at = stop, upto
+        self._sealer.open(layout.FOOTER_NUMBER, self._object.read_back(end, footer_bytes))
+
+
+class Compressor:
+    """zstd at one level, raw where that does not help. Belongs to one thread."""
+
+    def __init__(self, level: int) -> None:
+        self._compress = zstandard.ZstdCompressor(level=level).compress
+        self._decompress = zstandard.ZstdDecompressor().decompress
+
+    def __call__(self, data: memoryview) -> tuple[int, bytes | memoryview]:
+        """(codec, payload). What was compressed is decompressed again and compared before it is trusted."""
+        packed = self._compress(data)
+        if len(packed) > len(data) * 15 // 16:
+            return layout.CODEC_RAW, data
+        again = np.frombuffer(self._decompress(packed, max_output_size=len(data)), np.uint8)
+        if not np.array_equal(again, np.frombuffer(data, np.uint8)):  # a memoryview compares five times slower
+            raise IntegrityError(
+                "zstd", "what was compressed does not decompress to itself: faulty memory or processor"
+            )
+        return layout.CODEC_ZSTD, packed
+
+
+def open_frame(
+    sealer: Sealer, number: int, sealed: bytes | memoryview, name: str, offset: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Open and decompress: (ids (c, 32), chunks (c, chunk size)), both uint8 and read-only."""
+    try:
+        plain = sealer.open(number, sealed)
+    except IntegrityError as error:
+        raise IntegrityError(
+            name, f"frame {number} does not authenticate: damaged or exchanged", offset=offset
+        ) from error
+    frame = layout.decode_frame(plain, name, offset)
+    size = len(frame.ids) * frame.chunk_size
+    payload: bytes | memoryview = frame.payload
+    if frame.codec == layout.CODEC_ZSTD:
+        try:
+            payload = zstandard.ZstdDecompressor().decompress(frame.payload, max_output_size=size)
+        except zstandard.ZstdError as error:
+            raise IntegrityError(name, f"frame {number} does not decompress: {error}", offset=offset) from error
+    if len(payload) != size:
+        raise IntegrityError(name, f"frame {number} holds {len(payload)} bytes instead of {size}", offset=offset)
+    return frame.ids, np.frombuffer(payload, np.uint8).reshape(len(frame.ids), frame.chunk_size)
+
+
+def read_pack(storage: Storage, keys: SealingKeys, pack_id: bytes) -> PackInfo:
+    """Header and footer of a published pack. Raises IntegrityError, ObjectMissingError."""
+    name = layout.pack_name(pack_id)
+    size = storage.size(name)
+    header = layout.decode_pack_header(storage.get_range(name, 0, layout.PACK_HEADER.size), name)
+    if header.pack_id != pack_id:
+        raise IntegrityError(name, "is another pack under this name", offset=16)
+    trailer = storage.get_range(name, max(0, size - layout.PACK_TRAILER.size), layout.PACK_TRAILER.size)
+    offset, length = layout.decode_pack_trailer(trailer, size, name)
+    sealer = keys.sealer(header.kind, pack_id, header.epoch, header.salt)
+    try:
+        plain = sealer.open(layout.FOOTER_NUMBER, storage.get_range(name, offset, length))
+    except IntegrityError as error:
+        raise IntegrityError(name, "its footer does not authenticate", offset=offset) from error
+    return PackInfo(header, layout.decode_footer(plain, name), size)
+
+
+@dataclass(frozen=True, slots=True)
+class PackEntry:
+    """What is needed to read a pack's frames. `offsets` uint32 (frames + 1,): the last is the footer's."""
+
+    header: layout.PackHeader
+    offsets: NDArray[np.uint32]
+
+
+class PackTable(Protocol):
+    """Finds packs by the numbers that the index uses."""
+
+    def pack(self, number: int) -> PackEntry:
+        """Raises IntegrityError for a number that is not known."""
+
+
+class FrameReader:
+    """Frames of published packs, with a cache bounded in bytes."""
+
+    def __init__(self, storage: Storage, keys: SealingKeys, packs: PackTable, cache_bytes: int = 32 << 20) -> None:
+        self._storage, self._keys, self._packs = storage, keys, packs
+        self._sealers: dict[int, Sealer] = {}
+        self._cache: OrderedDict[tuple[int, int], tuple[NDArray[np.uint8], NDArray[np.uint8]]] = OrderedDict()
+        self._cached = 0
+        self._cache_bytes = cache_bytes
+        self._lock = threading.Lock()
+
+    def frame(self, pack: int, number: int, *, cache: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """(ids (c, 32), chunks (c, chunk size)). Raises IntegrityError naming the pack and offset."""
+        key = (pack, number)
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        found = self._fetch(pack, number)
+        if cache:
+            with self._lock:
+                if key not in self._cache:
+                    self._cache[key] = found
+                    self._cached += found[0].nbytes + found[1].nbytes
+                while self._cached > self._cache_bytes and len(self._cache) > 1:
+                    _, old = self._cache.popitem(last=False)
+                    self._cached -= old[0].nbytes + old[1].nbytes
+        return found
+
+    def chunks(self, pack: int, number: int, slots: NDArray[np.uint16], wanted: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The chunks in `slots` of a frame, proven to be those `wanted` (n, 32): uint8 (n, chunk size)."""
+        ids, chunks = self.frame(pack, number, cache=False)
+        if len(slots) and int(slots.max()) < len(ids) and bool((ids[slots] == wanted).all()):
+            return chunks if len(slots) == len(ids) and bool((np.diff(slots) == 1).all()) else chunks[slots]
+        raise self.misplaced(pack, number, bytes(wanted[0]))
+
+    def misplaced(self, pack: int, number: int, wanted: bytes) -> IntegrityError:
+        """The error for a frame that holds other chunks than the index says."""
+        entry = self._packs.pack(pack)
+        name = layout.pack_name(entry.header.pack_id)
+        return IntegrityError(
+            name,
+            f"frame {number} does not hold the chunk wanted",
+            offset=int(entry.offsets[number]),
+            chunk=wanted.hex(),
+        )
+
+    def _fetch(self, pack: int, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        entry = self._packs.pack(pack)
+        header = entry.header
+        name = layout.pack_name(header.pack_id)
+        if not 0 <= number < len(entry.offsets) - 1:
+            raise IntegrityError(name, f"has no frame {number}")
+        offset = int(entry.offsets[number])
+        data = self._storage.get_range(name, offset, int(entry.offsets[number + 1]) - offset)
+        if len(data) < 4 or layout.FRAME_LENGTH.unpack_from(data)[0] != len(data) - 4:
+            raise IntegrityError(name, f"frame {number} is truncated or its length is damaged", offset=offset)
+        sealer = self._sealers.get(pack)
+        if sealer is None:
+            sealer = self._keys.sealer(header.kind, header.pack_id, header.epoch, header.salt)
+            self._sealers[pack] = sealer
+        return open_frame(sealer, number, memoryview(data)[4:], name, offset)

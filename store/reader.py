@@ -1,0 +1,206 @@
+"""Reading a generation: whole regions into files, ranges into memory, and the proof that a file holds them.
+
+A `GenerationReader` holds a lease, so that prune leaves alone what it may still want. Page maps are walked in
+windows of bounded size; inside a window every frame is fetched and opened once, in order of pack and frame, by
+threads (zstd and AES release the interpreter lock). A chunk is only ever placed out of an authenticated frame in
+which it stands under the id that the page map has. May be used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base import extents as ranges
+from base.errors import IntegrityError, NotFoundError, StorageError
+from base.extents import Extents
+from base.progress import Progress, silent
+from base.workers import usable_cores
+from store import leases, pagemap
+from store.chunker import chunk_ids, read_extents
+from store.nodes import by_frame
+from store.records import Generation, Region
+
+if TYPE_CHECKING:
+    from store.repository import Repository
+
+_WINDOW = 1 << 18
+"""Chunks (1 GiB of pages) planned at once: 52 bytes each."""
+_VERIFY_BYTES = 4 << 20
+
+
+class GenerationReader:
+    """One generation, open for reading; a context manager."""
+
+    def __init__(self, repository: Repository, generation: Generation) -> None:
+        self._repository, self.generation = repository, generation
+        self._lease = leases.take(repository.leases, repository.sequence, f"reader of {generation.name}")
+
+    def __enter__(self) -> GenerationReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lease is not None:
+            self._lease.release()
+
+    def region(self, name: str) -> Region:
+        """Raises NotFoundError, which lists the regions there are."""
+        region = self.generation.regions.get(name)
+        if region is None:
+            known = ", ".join(self.generation.regions) or "none"
+            raise NotFoundError(f"generation {self.generation.name} has no region {name}: it has {known}")
+        return region
+
+    def content(self, region: Region) -> Iterator[Extents]:
+        """Where the region is not zero, in bytes, window by window."""
+        size = region.root.chunk_size
+        for numbers, _ in self._leaves(region):
+            yield ranges.intersect(ranges.from_numbers(numbers, size), ranges.normalise([(0, region.root.length)]))
+
+    def restore(self, region: Region, descriptor: int, path: str, progress: Progress = silent) -> int:
+        """Write every non-zero chunk to its place in a file that is all holes; gives the bytes written.
+
+        `path` is for messages. Raises IntegrityError, StorageError; the file is then not to be used.
+        """
+        size, length, done = region.root.chunk_size, region.root.length, 0
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            for numbers, ids in self._leaves(region):
+                locations = self._locate(ids)
+
+                def place(job: tuple[int, int, NDArray[np.intp]]) -> int:
+                    pack, frame, members = job
+                    chunks = self._repository.frames.chunks(pack, frame, locations["slot"][members], ids[members])  # noqa: B023  # used up in this turn
+                    _write_chunks(descriptor, numbers[members], chunks, length, path)  # noqa: B023
+                    return len(members) * size
+
+                for count in threads.map(place, by_frame(locations)):
+                    done += count
+                    progress(f"restoring {region.name}", done, max(done, region.kept_bytes))
+        return done
+
+    def read(self, region: Region, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a region, at most up to its length. Raises IntegrityError."""
+        size = region.root.chunk_size
+        end = min(end, region.root.length)
+        first, last = start // size, -(-end // size)
+        out = np.zeros((last - first, size), np.uint8)
+        for numbers, ids in pagemap.leaves(region.root, self._repository.nodes, first, last):
+            locations = self._locate(ids)
+            for pack, frame, members in by_frame(locations):
+                at = (numbers[members] - np.uint64(first)).astype(np.int64)
+                out[at] = self._repository.frames.chunks(pack, frame, locations["slot"][members], ids[members])
+        return out.reshape(-1)[start - first * size : end - first * size].tobytes()
+
+    def stream(self, region: Region, piece: int = 4 << 20) -> Iterator[bytes]:
+        """The whole region in order, zeros included, in pieces. Raises IntegrityError."""
+        for start in range(0, region.root.length, piece):
+            yield self.read(region, start, start + piece)
+
+    def verify(self, region: Region, descriptor: int, path: str, progress: Progress = silent) -> int:
+        """Measure a file: hash what is in it and compare every chunk with the page map; gives the bytes hashed.
+
+        Raises IntegrityError naming the first place that differs, in either direction.
+        """
+        root, size = region.root, region.root.chunk_size
+        limit = -(-root.length // size) * size
+        present = ranges.widen(ranges.resident(descriptor, root.length), size)
+        key = self._repository.keys.id_key("chunk")
+        hashed = 0
+        for start in range(0, limit, _WINDOW * size):
+            window = ranges.normalise([(start, min(start + _WINDOW * size, limit))])
+            numbers, ids = _collect(
+                pagemap.leaves(root, self._repository.nodes, start // size, int(window[0, 1]) // size)
+            )
+            unseen = np.ones(len(numbers), np.bool_)
+            for piece in _pieces(ranges.intersect(present, window), max(size, _VERIFY_BYTES)):
+                buffer = np.empty(ranges.total(piece), np.uint8)
+                read_extents(descriptor, piece, buffer)
+                found = chunk_ids(buffer.reshape(-1, size), key)
+                at = ranges.numbers(piece, size)
+                place = np.searchsorted(numbers, at)
+                known = (place < len(numbers)) & (
+                    numbers[np.minimum(place, len(numbers) - 1)] == at if len(numbers) else False
+                )
+                wanted = np.zeros_like(found)
+                wanted[known] = ids[place[known]]
+                unseen[place[known]] = False
+                self._compare(region, at[(found != wanted).any(axis=1)], path)
+                hashed += len(buffer)
+                progress(f"verifying {region.name}", hashed, ranges.total(present))
+            self._compare(region, numbers[unseen], path)
+        return hashed
+
+    def _compare(self, region: Region, different: NDArray[np.uint64], path: str) -> None:
+        if len(different):
+            offset = int(different[0]) * region.root.chunk_size
+            raise IntegrityError(path, f"does not hold region {region.name} of {self.generation.name}", offset=offset)
+
+    def _leaves(self, region: Region) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
+        """Non-zero leaves in planning windows."""
+        limit = -(-region.root.length // region.root.chunk_size)
+        for start in range(0, limit, _WINDOW):
+            numbers, ids = _collect(
+                pagemap.leaves(region.root, self._repository.nodes, start, min(start + _WINDOW, limit))
+            )
+            if len(numbers):
+                yield numbers, ids
+
+    def _locate(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
+        locations = self._repository.nodes.locate(ids)
+        missing = np.flatnonzero(locations["pack"] == 0)
+        if len(missing):
+            chunk = bytes(ids[missing[0]]).hex()
+            raise IntegrityError(f"generation {self.generation.name}", "needs a chunk that is in no pack", chunk=chunk)
+        return locations
+
+
+def _collect(
+    parts: Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]],
+) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    both = list(parts)
+    if not both:
+        return np.empty(0, np.uint64), np.empty((0, 32), np.uint8)
+    return np.concatenate([each[0] for each in both]), np.concatenate([each[1] for each in both])
+
+
+def _pieces(extents: Extents, size: int) -> Iterator[Extents]:
+    """Cut ranges into sets of at most `size` bytes."""
+    waiting: list[tuple[int, int]] = []
+    room = size
+    for start, end in extents.tolist():
+        while start < end:
+            stop = min(end, start + room)
+            waiting.append((start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield ranges.normalise(waiting)
+                waiting, room = [], size
+    if waiting:
+        yield ranges.normalise(waiting)
+
+
+def _write_chunks(
+    descriptor: int, numbers: NDArray[np.uint64], chunks: NDArray[np.uint8], length: int, path: str
+) -> None:
+    """Write chunks (n, size) to their places, neighbours in one call; the last is cut at the region's length."""
+    size = chunks.shape[1]
+    at = numbers.astype(np.int64)
+    breaks = np.flatnonzero(np.diff(at) != 1) + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*breaks.tolist(), len(at)]
+    flat = np.ascontiguousarray(chunks).reshape(-1).data
+    try:
+        for start, end in zip(starts, ends, strict=True):
+            offset = int(at[start]) * size
+            data = flat[start * size : start * size + min((end - start) * size, length - offset)]
+            while data:
+                count = os.pwrite(descriptor, data, offset)
+                data, offset = data[count:], offset + count
+    except OSError as error:
+        raise StorageError.from_os(error, path, "write") from error

@@ -1,0 +1,205 @@
+"""Records: the signed, hash-chained history of a repository, one file a record, numbered without gaps.
+
+Pure encoding and decoding; store.catalog replays them, store.repository publishes them. Bodies are JSON, sealed;
+headers are clear, so that the chain can be audited with the public key alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from base.errors import IntegrityError, StorageError
+from store import format as layout
+from store.keys import Keys
+from store.pagemap import Root
+
+
+class UncertainCommitError(StorageError):
+    """A record became visible but could not be made durable: a later look tells whether it was committed."""
+
+
+class RegionBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A region in a generation. Sizes in bytes; `root` in hex."""
+
+    name: str
+    kind: str
+    length: int
+    chunk_size: int
+    height: int
+    root: str
+    kept_bytes: int
+
+
+class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of a generation. `time` is RFC 3339 in UTC; `packs` are the ids of packs that it added, in hex."""
+
+    vm: str
+    time: str
+    cause: str
+    host: str
+    tags: tuple[str, ...]
+    regions: tuple[RegionBody, ...]
+    packs: tuple[str, ...]
+    dirty_bytes: int
+    stored_bytes: int
+    pause_ms: float | None
+    metadata: dict[str, Any]
+
+
+class GenesisBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of the first record: the repository's settings."""
+
+    time: str
+    level: int
+    frame_bytes: int
+    pack_bytes: int
+
+
+class TombstoneBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of the record that forgets a generation, named by the header's VM and number."""
+
+    time: str
+    host: str
+
+
+Body = GenesisBody | GenerationBody | TombstoneBody
+_BODIES: dict[int, type[Body]] = {
+    layout.RECORD_GENESIS: GenesisBody,
+    layout.RECORD_GENERATION: GenerationBody,
+    layout.RECORD_TOMBSTONE: TombstoneBody,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A verified record. `id` is the hash of the whole."""
+
+    header: layout.RecordHeader
+    body: Body
+    id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A region of a generation, ready to be read. `kept_bytes` of `root.length` are kept over a reboot."""
+
+    name: str
+    kind: str
+    root: Root
+    kept_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An immutable point in time of a VM. Ids are hex; sizes are bytes; `time` is RFC 3339 in UTC."""
+
+    vm: str
+    vm_id: str
+    number: int
+    id: str
+    parent: str | None
+    sequence: int
+    time: str
+    cause: str
+    host: str
+    tags: tuple[str, ...]
+    regions: dict[str, Region]
+    packs: tuple[str, ...]
+    dirty_bytes: int
+    stored_bytes: int
+    pause_ms: float | None
+    metadata: dict[str, Any]
+
+    @property
+    def region_bytes(self) -> int:
+        """Bytes that this generation keeps."""
+        return sum(region.kept_bytes for region in self.regions.values())
+
+    @property
+    def name(self) -> str:
+        """The way people name it: `vm@7`."""
+        return f"{self.vm}@{self.number}"
+
+
+def encode_record(
+    keys: Keys,
+    kind: int,
+    sequence: int,
+    previous: bytes,
+    body: Body,
+    *,
+    vm_id: bytes = bytes(16),
+    number: int = 0,
+    parent: bytes = layout.ZERO_ID,
+) -> bytes:
+    """A whole record, sealed and signed."""
+    salt = secrets.token_bytes(32)
+    header = layout.RecordHeader(kind, keys.current_epoch, sequence, previous, vm_id, number, parent, salt)
+    sealed = keys.sealer(layout.SEALED_RECORD, _object_id(header), header.epoch, salt).seal(
+        sequence, msgspec.json.encode(body)
+    )
+    signed = layout.encode_record_header(header, len(sealed)) + sealed
+    return signed + keys.sign(signed)
+
+
+def decode_record(keys: Keys, data: bytes, sequence: int, previous: bytes | None) -> Record:
+    """Verify place in the chain, signature and seal. `previous` None skips the link (its neighbour is not at hand).
+
+    Raises IntegrityError, FormatVersionError, naming the record.
+    """
+    name = layout.record_name(sequence)
+    header, sealed, signature = layout.decode_record(data, name)
+    keys.verify(keys.public_key_of(header.epoch), data[: -layout.SIGNATURE_BYTES], signature, name)
+    if header.sequence != sequence:
+        raise IntegrityError(name, f"holds record {header.sequence}: history was reordered")
+    if previous is not None and header.previous != previous:
+        raise IntegrityError(name, "does not follow the record before it: history was changed")
+    kind = _BODIES.get(header.kind)
+    if kind is None:
+        raise IntegrityError(name, f"is of kind {header.kind}, which this Perdure does not know: upgrade Perdure")
+    sealer = keys.sealer(layout.SEALED_RECORD, _object_id(header), header.epoch, header.salt)
+    try:
+        body = msgspec.json.decode(sealer.open(sequence, sealed), type=kind)
+    except (IntegrityError, msgspec.DecodeError) as error:
+        raise IntegrityError(name, f"its body cannot be opened: {error}") from error
+    return Record(header, body, layout.record_id(data))
+
+
+def generation_of(header: layout.RecordHeader, body: GenerationBody, record_id: bytes) -> Generation:
+    """What callers see of a generation record."""
+    regions = {
+        each.name: Region(
+            each.name,
+            each.kind,
+            Root(each.length, each.chunk_size, each.height, bytes.fromhex(each.root)),
+            each.kept_bytes,
+        )
+        for each in body.regions
+    }
+    return Generation(
+        vm=body.vm,
+        vm_id=header.vm_id.hex(),
+        number=header.number,
+        id=record_id.hex(),
+        parent=None if header.parent == layout.ZERO_ID else header.parent.hex(),
+        sequence=header.sequence,
+        time=body.time,
+        cause=body.cause,
+        host=body.host,
+        tags=body.tags,
+        regions=regions,
+        packs=body.packs,
+        dirty_bytes=body.dirty_bytes,
+        stored_bytes=body.stored_bytes,
+        pause_ms=body.pause_ms,
+        metadata=body.metadata,
+    )
+
+
+def _object_id(header: layout.RecordHeader) -> bytes:
+    """Binds a body's seal to its VM."""
+    return header.vm_id

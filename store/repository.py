@@ -1,0 +1,400 @@
+"""A repository: opening, history, and the commit.
+
+The order of a commit: packs visible and durable; LMDB write transaction; what other processes committed is
+replayed and the packs that deduplication relied on are looked up again; the record is published under the next
+sequence with put-if-absent, its folder synced: this is the commit; then LMDB commits. An LMDB failure after the
+publish is still a success: every process replays records that it has not seen. After a crash anywhere, opening
+gives exactly the generations whose record exists. One per process and path; belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from base.disk import Disk
+from base.errors import (
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    RepositoryMissingError,
+    StorageError,
+    UsageError,
+)
+from base.progress import Progress, silent
+from base.workers import WorkerPool
+from store import format as layout
+from store import pagemap
+from store.catalog import DATABASES, Catalog
+from store.chunker import PackingSettings
+from store.environment import Environment, IndexLostError
+from store.history import History
+from store.index import Index
+from store.keys import Keys
+from store.lanes import WorkerLanes
+from store.nodes import StoredNodes
+from store.packs import FrameReader, PackInfo, read_pack
+from store.records import (
+    Body,
+    Generation,
+    GenerationBody,
+    GenesisBody,
+    Record,
+    RegionBody,
+    TombstoneBody,
+    UncertainCommitError,
+    decode_record,
+    encode_record,
+    generation_of,
+)
+from store.storage import LocalStorage
+from store.writer import GenerationWriter, RegionDraft
+
+
+def create(
+    path: Path, files: dict[str, bytes], keys: Keys, settings: PackingSettings, disk: Disk | None = None
+) -> None:
+    """Make a repository in a folder that does not exist or is empty. `files` are its key slot and keyring.
+
+    It is complete before its mark `config` is published: what is left by a crash before that is no repository.
+    Raises ConflictError (something is there), StorageError.
+    """
+    if (path / "config").exists():
+        raise ConflictError(f"{path} is a repository already")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConflictError(f"{path} is not an empty folder: choose another place for the repository")
+    made = not path.exists()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError.from_os(error, str(path), "make the folder") from error
+    storage = LocalStorage(path, disk)
+    try:
+        storage.make_folders()
+        for name, data in files.items():
+            storage.put(name, data)
+        genesis = GenesisBody(
+            time=_now(), level=settings.level, frame_bytes=settings.frame_bytes, pack_bytes=settings.pack_bytes
+        )
+        record = encode_record(keys, layout.RECORD_GENESIS, 1, layout.ZERO_ID, genesis)
+        storage.put(layout.record_name(1), record)
+        storage.put("config", layout.encode_config(keys.repository_id))
+    except BaseException:
+        _remove_made(path, keep=not made)
+        raise
+
+
+def read_mark(path: Path) -> bytes:
+    """The repository id. Raises RepositoryMissingError, IntegrityError, FormatVersionError."""
+    try:
+        data = (path / "config").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise RepositoryMissingError(f"no repository at {path}: make one with `perdure -r {path} init`") from None
+    except OSError as error:
+        raise StorageError.from_os(error, str(path / "config"), "read") from error
+    return layout.decode_config(data, str(path / "config"))
+
+
+def read_key_files(path: Path) -> dict[str, bytes]:
+    """Key slots and keyrings by storage name."""
+    storage = LocalStorage(path)
+    try:
+        return {name: storage.get(name) for folder in ("keys", "keyring") for name in storage.list(folder)}
+    finally:
+        storage.close()
+
+
+_REPLAY_AT_ONCE = 64
+"""Records replayed in one LMDB transaction: an interrupted indexing goes on from there."""
+
+
+class Repository:
+    """An open repository, unlocked with `keys`; a context manager.
+
+    `state` is this host's private folder for it (index and remembered history). `pool` (made with
+    store.lanes.serve_chunker, before this is opened) takes large work.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keys: Keys,
+        state: Path,
+        *,
+        pool: WorkerPool | None = None,
+        progress: Progress = silent,
+        disk: Disk | None = None,
+    ) -> None:
+        if read_mark(path) != keys.repository_id:
+            raise IntegrityError(str(path / "config"), "belongs to another repository than the keys beside it")
+        self.path, self.keys, self.pool = path, keys, pool
+        self.leases = path / "leases"
+        self.disk = disk or Disk()
+        self.storage = LocalStorage(path, self.disk)
+        self.settings = PackingSettings()
+        self._history = History(state / "history.json")
+        with ExitStack() as undo:
+            undo.callback(self.storage.close)
+            self.environment = self._open_environment(state)
+            undo.callback(self.environment.close)
+            self.index = Index(self.environment, keys.index_mac_key)
+            self.catalog = Catalog(self.environment, self.index)
+            self.frames = FrameReader(self.storage, keys, self.catalog)
+            self.nodes = StoredNodes(self.environment, self.index, self.frames)
+            self._read_settings()
+            self.refresh(progress)
+            self._require_no_gap()
+            self._history.check(self._remembered_hash)
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close files and index."""
+        self._undo.close()
+
+    @property
+    def sequence(self) -> int:
+        """Sequence of the newest record seen."""
+        with self.environment.read() as txn:
+            return self.catalog.last(txn)[0]
+
+    def refresh(self, progress: Progress = silent) -> None:
+        """Replay what other processes have committed. Raises IntegrityError when history was changed or went back."""
+        with self.environment.read() as txn:
+            sequence, last = self.catalog.last(txn)
+        if sequence and layout.record_id(self._record_bytes(sequence)) != last:
+            raise IntegrityError(
+                layout.record_name(sequence), "is not the record that this host has seen: history was changed"
+            )
+        while self.storage.exists(layout.record_name(sequence + 1)):
+            with self.environment.write() as txn:
+                sequence = self._replay(txn, progress, _REPLAY_AT_ONCE)
+        self._remember()
+
+    def vms(self) -> list[str]:
+        """Names of all VMs that have generations."""
+        with self.environment.read() as txn:
+            return self.catalog.vms(txn)
+
+    def generations(self, vm: str) -> list[Generation]:
+        """All generations of a VM, oldest first. Raises NotFoundError."""
+        with self.environment.read() as txn:
+            found = self.catalog.generations(txn, vm)
+        if not found:
+            raise NotFoundError(f"no VM {vm} in this repository")
+        return found
+
+    def latest(self, vm: str) -> Generation | None:
+        """The newest generation of a VM, None if it has none."""
+        with self.environment.read() as txn:
+            found = self.catalog.generations(txn, vm)
+        return found[-1] if found else None
+
+    def resolve(self, point: str) -> Generation:
+        """A generation from `VM@N`, `VM@latest`, `VM@-1` or a prefix of its id. Raises UsageError, NotFoundError."""
+        vm, at, which = point.rpartition("@")
+        with self.environment.read() as txn:
+            if not at:
+                return self._by_prefix(txn, point)
+            if which == "latest":
+                return self.catalog.latest(txn, vm)
+            if which.lstrip("-").isdigit() and which.count("-") <= 1:
+                number = int(which)
+                return self.catalog.generation(txn, vm, number) if number > 0 else self.catalog.latest(txn, vm, -number)
+        raise UsageError(f"{point!r} is no point in time: write VM@7, VM@latest, VM@-1 or the beginning of an id")
+
+    def writer(self, vm: str, parent: Generation | None = None) -> GenerationWriter:
+        """Begin a generation of a VM, from its parent's content if one is given."""
+        self.storage.remove_leftovers("packs")
+        return GenerationWriter(self, vm, parent)
+
+    def worker_lanes(self) -> WorkerLanes:
+        """Lanes in the processes of the pool."""
+        assert self.pool is not None
+        return WorkerLanes(self.pool, self.storage, self.keys.worker_material(), self.settings)
+
+    def node_hasher(self, level: int) -> bytes:
+        """Key of the ids of page-map nodes of a level."""
+        return self.keys.id_key("node", level)
+
+    def forget(self, generation: Generation) -> None:
+        """Append a tombstone; the generation's number is never used again. Raises StorageError."""
+        body = TombstoneBody(time=_now(), host=socket.gethostname())
+        vm_id = bytes.fromhex(generation.vm_id)
+        with self.environment.write() as txn:
+            self._append(txn, layout.RECORD_TOMBSTONE, lambda _: (body, vm_id, generation.number, layout.ZERO_ID), [])
+        self._remember()
+
+    def publish_generation(
+        self,
+        vm: str,
+        *,
+        parent: Generation | None,
+        drafts: list[RegionDraft],
+        packs: list[PackInfo],
+        hit_packs: set[int],
+        dirty_bytes: int,
+        cause: str,
+        tags: tuple[str, ...],
+        metadata: dict[str, Any],
+        pause_ms: float | None,
+    ) -> Generation:
+        """The commit; the writer's only. Packs are visible and durable."""
+        regions = tuple(
+            RegionBody(
+                name=each.name,
+                kind=each.kind,
+                length=each.root.length,
+                chunk_size=each.root.chunk_size,
+                height=each.root.height,
+                root=each.root.id.hex(),
+                kept_bytes=each.kept_bytes,
+            )
+            for each in drafts
+        )
+        body = GenerationBody(
+            vm=vm,
+            time=_now(),
+            cause=cause,
+            host=socket.gethostname(),
+            tags=tags,
+            regions=regions,
+            packs=tuple(pack.header.pack_id.hex() for pack in packs),
+            dirty_bytes=dirty_bytes,
+            stored_bytes=sum(pack.size for pack in packs),
+            pause_ms=pause_ms,
+            metadata=metadata,
+        )
+
+        def numbered(txn: lmdb.Transaction) -> tuple[Body, bytes, int, bytes]:
+            if not self.catalog.has_packs(txn, hit_packs):
+                raise ConflictError(f"packs that this generation of {vm} shares were pruned meanwhile: capture again")
+            vm_id, highest = self.catalog.vm(txn, vm) or (secrets.token_bytes(16), 0)
+            return body, vm_id, highest + 1, bytes.fromhex(parent.id) if parent else layout.ZERO_ID
+
+        record: Record | None = None
+        try:
+            with self.environment.write() as txn:
+                record = self._append(txn, layout.RECORD_GENERATION, numbered, packs)
+                self.disk.step("lmdb commit", str(self.environment.path))
+        except StorageError:
+            if record is None:
+                raise  # else it is published: the index catches up when it is next opened
+        assert record is not None
+        assert isinstance(record.body, GenerationBody)
+        with suppress(StorageError):
+            self._remember()
+        return generation_of(record.header, record.body, record.id)
+
+    def _append(self, txn: lmdb.Transaction, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
+        """Publish the next record inside a write transaction; when another writer was faster, replay it and try again."""
+        while True:
+            self._replay(txn, silent, None)
+            body, vm_id, number, parent = numbered(txn)
+            sequence, previous = self.catalog.last(txn)
+            data = encode_record(
+                self.keys, kind, sequence + 1, previous, body, vm_id=vm_id, number=number, parent=parent
+            )
+            name = layout.record_name(sequence + 1)
+            try:
+                if not self.storage.put(name, data):
+                    continue
+            except StorageError as error:
+                if self.storage.exists(name):
+                    raise UncertainCommitError(
+                        error.path, f"{error}; it may or may not be committed", errno=error.errno
+                    ) from error
+                raise
+            record = decode_record(self.keys, data, sequence + 1, previous)
+            self.catalog.apply(txn, record, packs)
+            return record
+
+    def _replay(self, txn: lmdb.Transaction, progress: Progress, limit: int | None) -> int:
+        """Replay at most `limit` records that this host has not seen; gives the last sequence."""
+        sequence, previous = self.catalog.last(txn)
+        first, total = sequence, 0
+        while (limit is None or sequence - first < limit) and self.storage.exists(layout.record_name(sequence + 1)):
+            sequence += 1
+            record = decode_record(self.keys, self._record_bytes(sequence), sequence, previous)
+            packs: list[PackInfo] = []
+            if isinstance(record.body, GenerationBody):
+                packs = [read_pack(self.storage, self.keys, bytes.fromhex(each)) for each in record.body.packs]
+            self.catalog.apply(txn, record, packs)
+            previous = record.id
+            total = total or sum(1 for _ in self.storage.list("records"))
+            progress("indexing records", sequence, max(total, sequence))
+        return sequence
+
+    def _require_no_gap(self) -> None:
+        """Sequences have no holes: a record beyond a missing one means that history was taken out."""
+        missing = layout.record_name(self.sequence + 1)
+        beyond = max(self.storage.list("records"))
+        if beyond > missing and not self.storage.exists(missing):
+            raise IntegrityError(missing, f"is missing, though {beyond} is there")
+
+    def _read_settings(self) -> None:
+        genesis = decode_record(self.keys, self._record_bytes(1), 1, layout.ZERO_ID).body
+        if not isinstance(genesis, GenesisBody):
+            raise IntegrityError(layout.record_name(1), "is not the beginning of a history")
+        self.settings = PackingSettings(genesis.level, genesis.frame_bytes, genesis.pack_bytes)
+
+    def _record_bytes(self, sequence: int) -> bytes:
+        return self.storage.get(layout.record_name(sequence))
+
+    def _remembered_hash(self, sequence: int) -> bytes | None:
+        name = layout.record_name(sequence)
+        return layout.record_id(self.storage.get(name)) if self.storage.exists(name) else None
+
+    def _remember(self) -> None:
+        with self.environment.read() as txn:
+            self._history.advance(*self.catalog.last(txn))
+
+    def _open_environment(self, state: Path) -> Environment:
+        """Open the index; one that was lost or cannot be trusted is made anew and filled by replay."""
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            return Environment(state / "index", (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
+        except IndexLostError:
+            return Environment(state / "index", (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
+
+    def _by_prefix(self, txn: lmdb.Transaction, prefix: str) -> Generation:
+        text = prefix.lower()
+        if len(text) < 4 or len(text) > 64 or any(each not in "0123456789abcdef" for each in text):
+            raise UsageError(f"{prefix!r} is no point in time: write VM@7, VM@latest, VM@-1 or the beginning of an id")
+        found = self.catalog.by_prefix(txn, text)
+        if not found:
+            raise NotFoundError(f"no generation has an id that begins with {prefix}")
+        if len(found) > 1:
+            raise UsageError(f"several generations have ids that begin with {prefix}: {found[0].name}, {found[1].name}")
+        return found[0]
+
+
+_Numbered = Callable[[lmdb.Transaction], tuple[Body, bytes, int, bytes]]
+"""Inside the transaction: (body, VM id, generation number, parent id) of the record to append."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _remove_made(path: Path, *, keep: bool) -> None:
+    """Undo a half-made repository; only files that `create` makes."""
+    with suppress(OSError):
+        for folder in LocalStorage.FOLDERS:
+            for each in (path / folder).glob("*"):
+                each.unlink()
+            (path / folder).rmdir()
+        if not keep:
+            path.rmdir()

@@ -1,0 +1,272 @@
+"""Making a generation: pages in, packs and page maps out, one signed record at the end.
+
+A `GenerationWriter` holds a lease from before its first look-up, starts from its parent's page maps, and takes
+the new content of ranges from files. Nothing is visible until `commit`; leaving the context without it drops
+everything. Belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base import extents as ranges
+from base.extents import Extents
+from base.progress import Progress, silent
+from base.units import PAGE
+from store import format as layout
+from store import leases, pagemap
+from store.lanes import Batch, Lanes, LocalLane
+from store.nodes import NodeWriter
+from store.packs import PackInfo
+from store.records import Generation, UncertainCommitError
+
+if TYPE_CHECKING:
+    from store.repository import Repository
+
+_BATCH_BYTES = 4 << 20
+_WINDOW = 1 << 18
+"""Changed chunks after which a page map is brought up to date: bounds memory (40 bytes each)."""
+_SMALL = 16 << 20
+"""Work below this many bytes is done in this process: sending it elsewhere costs more."""
+
+
+@dataclass(slots=True)
+class RegionDraft:
+    """A region of the generation being made."""
+
+    name: str
+    kind: str
+    root: pagemap.Root
+    kept_bytes: int
+
+
+class GenerationWriter:
+    """One generation in the making; made by `Repository.writer`."""
+
+    def __init__(self, repository: Repository, vm: str, parent: Generation | None) -> None:
+        self._repository, self._vm, self._parent = repository, vm, parent
+        self._began = time.monotonic()
+        sequence = repository.sequence
+        self._lease = leases.take(repository.leases, sequence, f"writer of VM {vm}")
+        self._nodes = NodeWriter(repository.storage, repository.keys, repository.nodes, repository.settings.pack_bytes)
+        self._local: LocalLane | None = None
+        self._workers: Lanes | None = None
+        self._drafts: dict[str, RegionDraft] = {}
+        self._new: set[bytes] = set()
+        self._hit_packs: set[int] = set()
+        self._published: list[PackInfo] = []
+        self.dirty_bytes = 0
+
+    def __enter__(self) -> GenerationWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def region(
+        self, name: str, kind: str, length: int, *, chunk_size: int = PAGE, kept_bytes: int | None = None
+    ) -> RegionDraft:
+        """Begin a region with the parent's content, or empty. `kept_bytes` defaults to `length`."""
+        before = self._parent.regions.get(name) if self._parent else None
+        if before is not None and before.root.chunk_size == chunk_size:
+            root = self._resized(before.root, length)
+        else:
+            root = pagemap.Root(length, chunk_size, 0, layout.ZERO_ID)
+        draft = RegionDraft(name, kind, root, length if kept_bytes is None else kept_bytes)
+        self._drafts[name] = draft
+        return draft
+
+    def replace(
+        self, draft: RegionDraft, descriptor: int, extents: Extents | None = None, progress: Progress = silent
+    ) -> None:
+        """Make the content of `extents` (None: everything) that of the file, whose offsets are the region's.
+
+        Holes cost nothing; pages that are as before cost a hash. Raises StorageError, IntegrityError, WorkerError.
+        """
+        length, chunk = draft.root.length, draft.root.chunk_size
+        everything = ranges.normalise([(0, -(-length // chunk) * chunk)])
+        wanted = everything if extents is None else ranges.intersect(ranges.widen(extents, chunk), everything)
+        size = os.fstat(descriptor).st_size
+        present = ranges.intersect(ranges.widen(_present(descriptor, wanted, min(size, length)), chunk), wanted)
+        self.clear(draft, ranges.subtract(wanted, present))
+        total = ranges.total(present)
+        judge = _Judge(self, draft, total, progress)
+        lanes = self._lanes(total)
+        lanes.drive(descriptor, chunk, _batches(present, chunk), judge)
+        judge.flush()
+
+    def clear(self, draft: RegionDraft, extents: Extents) -> None:
+        """Make ranges zero."""
+        if len(extents) and draft.root.id != layout.ZERO_ID:
+            chunks = ranges.widen(extents, draft.root.chunk_size) // draft.root.chunk_size
+            draft.root = pagemap.clear(draft.root, chunks, self._nodes, self._nodes, self._repository.node_hasher)
+
+    def commit(
+        self,
+        cause: str,
+        *,
+        tags: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        pause_ms: float | None = None,
+    ) -> Generation:
+        """Publish packs, then the record. Raises StorageError, IntegrityError, WorkerError: then nothing was committed."""
+        for lane in (self._workers, self._local, self._nodes):
+            if lane is not None:
+                self._published += lane.finish()
+        if self._published:
+            self._repository.storage.settle("packs")
+        try:
+            generation = self._repository.publish_generation(
+                self._vm,
+                parent=self._parent,
+                drafts=list(self._drafts.values()),
+                packs=self._published,
+                hit_packs=self._hit_packs | self._nodes.hit_packs,
+                dirty_bytes=self.dirty_bytes,
+                cause=cause,
+                tags=tags,
+                metadata=metadata or {},
+                pause_ms=pause_ms,
+            )
+        except UncertainCommitError:
+            self._published = []  # the record may be there: its packs must be
+            raise
+        self._published = []
+        return generation
+
+    @property
+    def seconds(self) -> float:
+        """Since this writer was made."""
+        return time.monotonic() - self._began
+
+    def close(self) -> None:
+        """Drop whatever is not committed, packs that became visible included, and give back the lease."""
+        try:
+            for lane in (self._workers, self._local, self._nodes):
+                if lane is not None:
+                    lane.abandon()
+            for pack in self._published:
+                self._repository.storage.delete(pack.name)
+        finally:
+            self._published = []
+            if self._lease is not None:
+                self._lease.release()
+
+    def _resized(self, root: pagemap.Root, length: int) -> pagemap.Root:
+        none = np.empty(0, np.uint64), np.empty((0, layout.ID_BYTES), np.uint8)
+        if root.length == length:
+            return root
+        return pagemap.update(root, length, *none, self._nodes, self._nodes, self._repository.node_hasher)
+
+    def _lanes(self, total: int) -> Lanes:
+        repository = self._repository
+        if total > _SMALL and repository.pool is not None:
+            if self._workers is None:
+                self._workers = repository.worker_lanes()
+            return self._workers
+        if self._local is None:
+            self._local = LocalLane(repository.storage, repository.keys, repository.settings)
+        return self._local
+
+    def new_chunks(self, ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which of these ids (n, 32) nobody has stored yet, each only at its first place; remembers them as stored."""
+        wanted = np.zeros(len(ids), np.bool_)
+        live = np.flatnonzero(ids.any(axis=1))
+        if not len(live):
+            return wanted
+        locations = self._repository.nodes.locate(ids[live])
+        known = locations["pack"] != 0
+        self._hit_packs.update(np.unique(locations["pack"][known]).tolist())
+        for at in live[~known].tolist():
+            name = ids[at].tobytes()
+            if name not in self._new:
+                self._new.add(name)
+                wanted[at] = True
+        return wanted
+
+    def before(self, root: pagemap.Root, numbers: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        """Ids (n, 32) that the page map has at these chunk numbers."""
+        return pagemap.lookup(root, self._nodes, numbers)
+
+    def updated(self, root: pagemap.Root, numbers: NDArray[np.uint64], ids: NDArray[np.uint8]) -> pagemap.Root:
+        """The page map with these chunks set."""
+        return pagemap.update(root, root.length, numbers, ids, self._nodes, self._nodes, self._repository.node_hasher)
+
+
+class _Judge:
+    """Compares batches with the page map, deduplicates, and collects what changed."""
+
+    def __init__(self, writer: GenerationWriter, draft: RegionDraft, total: int, progress: Progress) -> None:
+        self._writer, self._draft, self._total, self._progress = writer, draft, total, progress
+        self._base = draft.root
+        self._numbers: list[NDArray[np.uint64]] = []
+        self._ids: list[NDArray[np.uint8]] = []
+        self._count = self._done = 0
+
+    def __call__(self, batch: Batch, ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        if self._base.id == layout.ZERO_ID:
+            changed = ids.any(axis=1)
+        else:
+            changed = (ids != self._writer.before(self._base, batch.numbers)).any(axis=1)
+        wanted = np.zeros(len(ids), np.bool_)
+        if changed.any():
+            some = ids[changed]
+            wanted[changed] = self._writer.new_chunks(some)
+            self._numbers.append(batch.numbers[changed])
+            self._ids.append(some)
+            self._count += len(some)
+            self._writer.dirty_bytes += len(some) * self._base.chunk_size
+            if self._count >= _WINDOW:
+                self.flush()
+        self._done += len(ids) * self._base.chunk_size
+        self._progress(self._draft.name, min(self._done, self._total), self._total)
+        return wanted
+
+    def flush(self) -> None:
+        """Bring the page map up to date with what was collected. Batches come back in any order."""
+        if self._count:
+            numbers, ids = np.concatenate(self._numbers), np.concatenate(self._ids)
+            order = np.argsort(numbers)
+            self._draft.root = self._writer.updated(self._draft.root, numbers[order], ids[order])
+            self._numbers, self._ids, self._count = [], [], 0
+
+
+def _present(descriptor: int, wanted: Extents, size: int) -> Extents:
+    """What of `wanted` is not a hole. Looks only inside `wanted`, so that a few pages of a huge file cost little."""
+    rows = [ranges.EMPTY]
+    for start, end in wanted.tolist():
+        if end - start > PAGE:
+            rows.append(ranges.resident(descriptor, min(end, size), start))
+        elif start < size:  # one page: reading it tells as much
+            rows.append(np.array([[start, min(end, size)]], np.int64))
+    return ranges.union(*rows)
+
+
+def _batches(present: Extents, chunk: int) -> Iterator[Batch]:
+    """Cut ranges into batches of at most 4 MiB, without ever holding a list of all chunks."""
+    per_batch = max(1, _BATCH_BYTES // chunk)
+    waiting: list[tuple[int, int]] = []
+    room = per_batch * chunk
+    for start, end in present.tolist():
+        while start < end:
+            stop = min(end, start + room)
+            waiting.append((start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield _batch(waiting, chunk)
+                waiting, room = [], per_batch * chunk
+    if waiting:
+        yield _batch(waiting, chunk)
+
+
+def _batch(rows: list[tuple[int, int]], chunk: int) -> Batch:
+    extents = np.array(rows, np.int64)
+    return Batch(extents, ranges.numbers(ranges.normalise(extents), chunk))

@@ -1,0 +1,445 @@
+"""Trackers on real QEMU, judged by complete copies of guest memory taken at two stops: a changed page that the tracker
+does not name is a failure.
+
+The guest does nothing but write random pages and read its disk, around the page cache, into others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from base import extents
+from base.disk import Disk
+from base.errors import ConflictError, VirtualMachineError
+from base.extents import Extents
+from base.units import PAGE
+from capture.choice import Kernel, probe_facts
+from capture.journal import Journal
+from capture.trackers import WriteProtectTracker
+from capture.tracking import Tracking, start_tracking
+from vm import injection
+from vm.identity import Identity
+from vm.mappings import shared_mappings
+from vm.userfaultfd import Userfaultfd
+
+pytestmark = pytest.mark.qemu
+
+ROOT = Path(__file__).resolve().parents[2]
+MEMORY, DISK = 256 << 20, 96 << 20
+PATIENCE_S = 120
+
+CHURN = b"""#!/usr/bin/python3 -IS
+import mmap, os, random
+freed = mmap.mmap(-1, 48 << 20)
+for at in range(0, len(freed), 4096):
+    freed[at : at + 8] = b"leftover"
+freed.close()  # memory with content for a balloon to take
+scratch, landing = mmap.mmap(-1, 32 << 20), mmap.mmap(-1, 4 << 20)
+disk = os.open("/dev/vda", os.O_RDONLY | os.O_DIRECT)
+size = os.lseek(disk, 0, os.SEEK_END)
+views = [memoryview(landing)[at : at + (1 << 18)] for at in range(0, len(landing), 1 << 18)]
+number = 0
+while True:
+    for _ in range(40):
+        at = random.randrange(len(scratch))
+        scratch[at] = random.randrange(256)
+        if random.random() < 0.5:
+            os.preadv(disk, [random.choice(views)], random.randrange(size >> 18) << 18)
+    number += 1
+    print("churn", number, flush=True)
+"""
+
+
+class Guest:
+    """A QEMU process with its memory in `memory`, begun stopped; QMP and the console over sockets."""
+
+    def __init__(self, folder: Path, initrd: Path, disk: Path, cache: str, *more: str) -> None:
+        self.memory = folder / "memory"
+        with open(folder / "qemu.log", "wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    *("qemu-system-x86_64", "-S", "-accel", "tcg", "-m", f"{MEMORY >> 20}M", "-nodefaults"),
+                    *("-machine", "q35,memory-backend=ram0", "-cpu", "max", "-display", "none"),
+                    *("-object", f"memory-backend-file,id=ram0,size={MEMORY},mem-path={self.memory},share=on"),
+                    *("-qmp", f"unix:{folder}/qmp,server=on,wait=off", "-device", "virtio-balloon-pci,id=balloon"),
+                    *("-chardev", f"socket,id=console,path={folder}/console,server=on,wait=off"),
+                    *("-serial", "chardev:console", "-kernel", str(ROOT / ".cache/guest/vmlinuz")),
+                    *("-initrd", str(initrd), "-append", "console=ttyS0 quiet panic=-1 perdure.exec=/churn"),
+                    *("-drive", f"file={disk},format=raw,if=none,id=disk,cache={cache},readonly=on"),
+                    *("-device", "virtio-blk-pci,drive=disk", *more),
+                ],
+                stderr=log,
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+        try:
+            self._qmp = self._connect(folder / "qmp").makefile("rw")
+            self._console = self._connect(folder / "console")
+        except BaseException:
+            self.close()
+            raise
+        self._qmp.readline()
+        self("qmp_capabilities")
+
+    def _connect(self, path: Path) -> socket.socket:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(PATIENCE_S)
+            try:
+                connection.connect(str(path))
+                return connection
+            except OSError:  # QEMU does not listen yet, or has ended
+                connection.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.02)
+                break
+        raise AssertionError("QEMU does not listen: " + (path.parent / "qemu.log").read_text())
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        self._qmp.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self._qmp.flush()
+        while True:
+            reply = json.loads(self._qmp.readline())
+            assert "error" not in reply, reply
+            if "return" in reply:
+                return reply["return"]
+
+    def churn(self, rounds: int = 4) -> None:
+        """Wait until the guest has gone through some more rounds of writes and reads."""
+        self._console.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self._console.recv(1 << 16):  # what it said before
+                pass
+        self._console.settimeout(PATIENCE_S)
+        deadline, said = time.monotonic() + PATIENCE_S, b""
+        while said.count(b"churn ") < rounds:
+            assert time.monotonic() < deadline, said
+            said += self._console.recv(1 << 16)
+
+    def image(self) -> np.ndarray:
+        """A private copy of all guest memory: uint8, shape (pages, PAGE)."""
+        return np.fromfile(self.memory, np.uint8).reshape(-1, PAGE)
+
+    def disk_bytes_read(self) -> int:
+        return sum(int(each["stats"]["rd_bytes"]) for each in self("query-blockstats"))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def missed(before: np.ndarray, after: np.ndarray, dirty: Extents) -> list[int]:
+    """Pages that differ between two images of memory and that `dirty` does not name."""
+    changed = np.flatnonzero((before != after).any(axis=1)).astype(np.uint64)
+    assert len(changed), "nothing changed: this test shows nothing"
+    return sorted(set(changed.tolist()) - set(extents.numbers(dirty, PAGE).tolist()))
+
+
+def content(image: np.ndarray) -> Extents:
+    return extents.from_numbers(np.flatnonzero(image.any(axis=1)).astype(np.uint64), PAGE)
+
+
+def archive(name: str, body: bytes) -> bytes:
+    """A cpio archive of one executable, as the kernel unpacks it after those before it in one initrd."""
+    out = b""
+    for inode, (path, mode, data) in enumerate([(name, 0o100755, body), ("TRAILER!!!", 0, b"")], 1):
+        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path) + 1, 0)
+        head = b"070701" + b"".join(b"%08X" % each for each in fields) + path.encode() + b"\0"
+        out += head + b"\0" * (-len(head) % 4) + data + b"\0" * (-len(data) % 4)
+    return out
+
+
+@pytest.fixture(scope="session")
+def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    subprocess.run([ROOT / "scripts/build-guest"], check=True)
+    made = tmp_path_factory.mktemp("guest") / "initrd"
+    made.write_bytes((ROOT / ".cache/guest/initrd.img").read_bytes() + archive("churn", CHURN))
+    return made
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random bytes, so that every read changes memory, on a file system that can O_DIRECT."""
+    path = tmp_path_factory.mktemp("disk") / "disk.raw"
+    path.write_bytes(np.random.default_rng(1).bytes(DISK))
+    path.chmod(0o644)
+    path.parent.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="perdure-") as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def running(folder: Path, initrd: Path, disk: Path, cache: str, *more: str) -> Iterator[Guest]:
+    guest = Guest(folder, initrd, disk, cache, *more)
+    try:
+        yield guest
+    finally:
+        guest.close()
+
+
+def device_types(guest: Guest) -> list[str]:
+    places = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
+    return [each["type"] for place in places for each in guest("qom-list", path=place)]
+
+
+@contextlib.contextmanager
+def begin(guest: Guest, folder: Path, kernel: Kernel | None = None, **options: Any) -> Iterator[Tracking]:
+    """Trackers for the guest's memory as the supervisor begins them."""
+    facts = probe_facts(
+        guest.pid,
+        devices=device_types(guest),
+        block_nodes=guest("query-named-block-nodes"),
+        networks=guest("human-monitor-command", **{"command-line": "info network"}),
+        kernel=kernel,
+    )
+    qemu = Identity.of(guest.pid)
+    journal = Journal(folder / "tracking.json", qemu, Disk())
+    tracking = start_tracking("test", qemu, {"ram": guest.memory}, facts, journal, **options)
+    with contextlib.closing(tracking):
+        yield tracking
+
+
+def kernel_is_old(tracking: Tracking) -> bool:
+    """On a kernel without PAGEMAP_SCAN all there is to see is that scan was chosen, and why."""
+    if Kernel.probe().pagemap_scan:
+        assert tracking.choice.kind == "userfaultfd", tracking.choice.reason
+        return False
+    assert tracking.choice.kind == "scan"
+    assert "has no PAGEMAP_SCAN (6.7 does)" in tracking.choice.reason
+    return True
+
+
+@pytest.mark.parametrize(
+    ("cache", "more"),
+    [("none", ()), ("writeback", ()), ("none", ("-runas", "nobody")), ("none", ("-sandbox", "on"))],
+    ids=["none", "writeback", "none-unprivileged", "none-sandbox"],
+)
+def test_no_page_is_missed_with_disk_reads_in_flight(folder, initrd, disk, cache, more):
+    folder.chmod(0o755)
+    with running(folder, initrd, disk, cache, *more) as guest, begin(guest, folder, running=False) as tracking:
+        if kernel_is_old(tracking):
+            return
+        tracker = tracking.trackers["ram"]
+        assert tracker.direct_io == (cache == "none")
+        before, read_before, dirty_pages = guest.image(), guest.disk_bytes_read(), []
+        tracker.committed()
+        for _ in range(5):
+            guest("cont")
+            for _ in range(3):
+                guest.churn(2)
+                if cache == "none":
+                    with pytest.raises(ConflictError, match=r"test: region ram: .*cache\.direct=on.*stop the VM"):
+                        tracker.collect(running=True, known=content(before))
+                else:
+                    tracker.collect(running=True, known=content(before))
+            guest("stop")
+            dirty = tracker.collect(running=False, known=content(before)).extents
+            after = guest.image()
+            assert dirty is not None
+            assert missed(before, after, dirty) == []
+            dirty_pages.append(extents.total(dirty) // PAGE)
+            tracker.committed()
+            before = after
+        assert min(dirty_pages) < MEMORY // PAGE // 4  # it says more than "everything"
+        assert guest.disk_bytes_read() - read_before > 16 << 20
+
+
+def test_what_came_since_the_previous_collection_is_told_apart(folder, initrd, disk):
+    with running(folder, initrd, disk, "writeback") as guest, begin(guest, folder, running=False) as tracking:
+        if kernel_is_old(tracking):
+            return
+        tracker = tracking.trackers["ram"]
+        guest("cont")
+        guest.churn()
+        first = guest.image()
+        assert tracker.collect(running=True, known=content(first)).extents is None  # there is no baseline yet
+        guest("stop")
+        tracker.collect(running=False, known=content(first))
+        before = guest.image()
+        tracker.committed()
+        guest("cont")
+        guest.churn()
+        guest("stop")
+        one, middle = tracker.collect(running=False, known=content(before)), guest.image()
+        guest("cont")
+        guest.churn()
+        guest("stop")
+        two, after = tracker.collect(running=False, known=content(before)), guest.image()
+        assert one.extents is not None and two.extents is not None and two.fresh is not None
+        assert missed(before, middle, one.extents) == []
+        assert missed(middle, after, two.fresh) == []
+        assert missed(before, after, two.extents) == []
+        assert len(extents.subtract(one.extents, two.extents)) == 0
+
+
+def test_discarded_pages_are_dirty_though_nobody_wrote_them(folder, initrd, disk):
+    with running(folder, initrd, disk, "writeback") as guest, begin(guest, folder, running=False) as tracking:
+        if kernel_is_old(tracking):
+            return
+        tracker = tracking.trackers["ram"]
+        assert isinstance(tracker, WriteProtectTracker) and tracker.discards
+        guest("cont")
+        guest.churn()
+        guest("stop")
+        tracker.collect(running=False)
+        tracker.committed()
+        before = guest.image()
+        guest("cont")
+        guest("balloon", value=MEMORY - (100 << 20))
+        while guest("query-balloon")["actual"] > MEMORY - (90 << 20):
+            guest.churn(1)
+        guest("stop")
+        dirty = tracker.collect(running=False, known=content(before)).extents
+        after = guest.image()
+        assert dirty is not None
+        assert missed(before, after, dirty) == []
+        tracker.committed()
+
+        # QEMU 7.2 also drops its page table entries of a balloon's page, which shows as a write; a hole alone does not.
+        start, end = content(after)[-1].tolist()
+        subprocess.run(["fallocate", "-p", "-o", str(start), "-l", str(end - start), guest.memory], check=True)
+        punched = guest.image()
+        tracker.discards = False
+        dirty = tracker.collect(running=False).extents
+        assert dirty is not None
+        assert missed(after, punched, dirty) == list(range(start // PAGE, end // PAGE))
+        tracker.discards = True
+        dirty = tracker.collect(running=False, known=content(after)).extents
+        assert dirty is not None
+        assert missed(after, punched, dirty) == []
+        assert tracker.collect(running=False).extents is None  # nobody can tell without the baseline's content
+
+
+def test_a_mapping_that_comes_or_goes_is_dirty_as_a_whole(folder, initrd, disk):
+    more = ("-object", f"memory-backend-file,id=extra,size=1M,mem-path={folder}/extra,share=on")
+    with running(folder, initrd, disk, "writeback", *more) as guest, contextlib.ExitStack() as stack:
+        if not Kernel.probe().pagemap_scan:
+            return
+        tracker = WriteProtectTracker("test", folder / "extra", stack.enter_context(Userfaultfd.of(guest.pid)))
+        stack.callback(tracker.close)
+        extra = stack.enter_context(open(folder / "extra", "rb"))
+
+        def collected() -> list[list[int]]:
+            dirty = tracker.collect(running=True).extents
+            assert dirty is not None
+            tracker.committed()
+            return dirty.tolist()
+
+        tracker.arm(running=True)
+        tracker.committed()
+        assert collected() == []
+        for _ in range(2):
+            plugged = {"qom-type": "memory-backend-file", "id": "again", "size": 1 << 20, "share": True}
+            guest("object-add", **plugged, **{"mem-path": f"{folder}/extra"})
+            assert collected() == [[0, 1 << 20]]
+            assert collected() == []
+            guest("object-del", id="again")
+            while len(shared_mappings(guest.pid, extra.fileno())) > 1:  # QEMU unmaps a moment later
+                guest("query-status")
+            assert collected() == [[0, 1 << 20]]
+            assert collected() == []
+        tracker.detach()
+        assert collected() == [[0, 1 << 20]]  # registered and armed anew
+
+
+# A supervisor that begins to track, says so, and waits to be killed; with an argument it dies after a collection.
+SUPERVISOR = """
+import json, sys
+from pathlib import Path
+from base.disk import Disk
+from capture.choice import Facts, Kernel
+from capture.journal import Journal
+from capture.tracking import start_tracking
+from vm.identity import Identity
+from vm.mappings import shared_mappings
+pid, memory, folder, collects = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "collects"
+qemu = Identity.of(pid)
+journal = Journal(folder / "tracking.json", qemu, Disk())
+tracking = start_tracking("test", qemu, {"ram": memory}, Facts(Kernel.probe()), journal, running=True, restored="aa01")
+if collects:
+    journal.begin_collect()
+    tracking.trackers["ram"].collect(running=True)
+print("armed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("dies", ["idle", "collects"])
+def test_a_new_supervisor_goes_on_where_a_killed_one_was(folder, initrd, disk, dies):
+    with running(folder, initrd, disk, "writeback") as guest:
+        guest("cont")
+        guest.churn()
+        guest("stop")
+        before = guest.image()
+        command = [sys.executable, "-c", SUPERVISOR, str(guest.pid), str(guest.memory), str(folder), dies]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as old:
+            assert old.stdout is not None
+            assert old.stdout.readline() == b"armed\n"
+            guest("cont")
+            guest.churn()
+            old.kill()
+        guest.churn()  # nobody is there, and the kernel keeps on noting
+        with begin(guest, folder, running=True) as tracking:
+            if kernel_is_old(tracking):
+                return
+            assert len(injection.held_descriptors(guest.pid, "anon_inode:[userfaultfd]")) == 1
+            guest("stop")
+            after = guest.image()
+            dirty = tracking.trackers["ram"].collect(running=False, known=content(before)).extents
+            if dies == "collects":
+                assert dirty is None
+                return
+            assert dirty is not None
+            assert missed(before, after, dirty) == []
+            assert extents.total(dirty) < MEMORY // 4
+
+
+def test_200_injections_do_not_disturb_a_busy_guest(folder, initrd, disk):
+    with running(folder, initrd, disk, "none") as guest:
+        guest("cont")
+        guest.churn()
+        numbers = [injection.inject(guest.pid) for _ in range(200)]
+        assert len(set(numbers)) == 200
+        guest.churn()
+        assert guest("query-status")["running"]
+        assert guest.process.poll() is None
+        assert (folder / "qemu.log").read_text() == ""
+
+
+def test_qemu_that_is_gone_is_an_error_that_names_the_region(folder, initrd, disk):
+    with running(folder, initrd, disk, "none") as guest, begin(guest, folder, running=False) as tracking:
+        if kernel_is_old(tracking):
+            return
+        guest.close()
+        with pytest.raises(VirtualMachineError, match=r"test: region ram: .*QEMU"):
+            tracking.trackers["ram"].collect(running=False)
+
+
+def test_an_override_decides(folder, initrd, disk):
+    with running(folder, initrd, disk, "none") as guest:
+        with begin(guest, folder, running=False, wanted="scan") as tracking:
+            assert (tracking.choice.kind, tracking.choice.reason) == ("scan", "the configuration asks for it")
+            assert tracking.trackers["ram"].collect(running=True).extents is None
+        with begin(guest, folder, running=False, kernel=Kernel("6.1.0-56-amd64", "x86_64", False)) as tracking:
+            assert (tracking.choice.kind, tracking.choice.reason) == (
+                "scan",
+                "Linux 6.1 has no PAGEMAP_SCAN (6.7 does)",
+            )

@@ -1,0 +1,100 @@
+"""Injection into a process that is not QEMU: nothing of it may be lost or left behind."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from base.errors import VirtualMachineError
+from vm import injection
+
+# Counts real-time signals, which queue: each one sent is one received. A byte on standard input asks for the count.
+TARGET = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN, signal.SIGUSR1})
+print("ready", flush=True)
+count = 0
+while True:
+    if signal.sigwait({signal.SIGRTMIN, signal.SIGUSR1}) == signal.SIGUSR1:
+        print(count, flush=True)
+    else:
+        count += 1
+"""
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 30)[0], "the target does not answer"
+    return process.stdout.readline().strip()
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.fixture
+def target() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", TARGET], stdout=subprocess.PIPE, text=True)
+    try:
+        assert line(process) == "ready"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_no_signal_is_lost_under_injections(target):
+    done = threading.Event()
+    sent = 0
+
+    def bombard() -> None:
+        nonlocal sent
+        while not done.is_set():
+            for _ in range(20):
+                os.kill(target.pid, signal.SIGRTMIN)
+                sent += 1
+            done.wait(0.0002)
+
+    sender = threading.Thread(target=bombard)
+    sender.start()
+    try:
+        numbers = [injection.inject(target.pid) for _ in range(20)]
+    finally:
+        done.set()
+        sender.join()
+    os.kill(target.pid, signal.SIGUSR1)  # a standard signal is taken before queued ones
+    counted = int(line(target))
+    while counted < sent and target.poll() is None:
+        os.kill(target.pid, signal.SIGUSR1)
+        counted = int(line(target))
+    assert counted == sent
+    assert numbers == injection.held_descriptors(target.pid, "anon_inode:[userfaultfd]")
+
+
+def test_a_process_that_is_stopped_stays_stopped(target):
+    os.kill(target.pid, signal.SIGSTOP)
+    os.waitpid(target.pid, os.WUNTRACED)
+    injection.inject(target.pid)
+    assert state(target.pid) == "T"
+    os.kill(target.pid, signal.SIGCONT)
+    os.kill(target.pid, signal.SIGUSR1)
+    assert line(target) == "0"
+
+
+def test_a_process_that_is_gone_is_named_in_the_error():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    with pytest.raises(VirtualMachineError, match=rf"pid {process.pid}\): cannot make a userfaultfd in it: No such"):
+        injection.inject(process.pid)
+
+
+def test_another_architecture_is_refused(monkeypatch):
+    monkeypatch.setattr(injection.platform, "machine", lambda: "aarch64")
+    with pytest.raises(VirtualMachineError, match="x86-64 only, this is aarch64"):
+        injection.inject(os.getpid())

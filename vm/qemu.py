@@ -1,0 +1,321 @@
+"""The QEMU process of one VM: found, started, recognised again, watched, ended.
+
+QEMU outlives its supervisor: it is started in a session of its own, with no inherited descriptors, so that neither
+Ctrl-C nor SIGKILL of the supervisor reaches it. A record in the runtime folder, durable before the launch is
+reported as done, says which process it is; a pid is never believed without its start time and boot. If the
+supervisor died before the record was written, the monitor socket still says whose it is.
+
+One process at a time owns a VM (the supervisor's lock); a `Qemu` is not shared between threads.
+
+Source: pidfd_open(2), unix(7), qemu(1).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from base.disk import Disk, replace_file
+from base.errors import ConflictError, StorageError, VirtualMachineError
+from vm.folder import RuntimeFolder
+from vm.identity import Identity
+
+_NEGOTIATE = b'{"execute": "qmp_capabilities"}\n'
+_LAST_LINES = 3
+_ASK_SECONDS = 20
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What the runtime folder says of the process."""
+
+    pid: int
+    start_ticks: int
+    boot: str
+    argv: tuple[str, ...]
+    facts: dict[str, str] = {}  # what the supervisor wants to find again, as the words of a Platform
+
+    @property
+    def identity(self) -> Identity:
+        """The process, apart from all others."""
+        return Identity(self.pid, self.start_ticks, self.boot)
+
+
+class Qemu:
+    """A QEMU process that we started or found; made by `launch` or `find`."""
+
+    def __init__(
+        self, folder: RuntimeFolder, record: Record, pidfd: int, child: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.folder, self.record = folder, record
+        self._pidfd, self._child = pidfd, child
+        self._journal = _open_journal(folder)
+
+    @classmethod
+    def launch(cls, folder: RuntimeFolder, argv: list[str], disk: Disk, facts: dict[str, str] | None = None) -> Qemu:
+        """Start it, paused. That it works is known when the monitor answers.
+
+        Raises ConflictError if the VM runs already, VirtualMachineError if QEMU cannot be started, StorageError.
+        """
+        running = cls.find(folder)
+        if running is not None:
+            with running:
+                raise ConflictError(f"VM {folder.vm} runs already, in process {running.pid}")
+        _make_journal(folder)
+        child = _start(folder, argv)
+        pidfd = os.pidfd_open(child.pid)
+        try:
+            identity = Identity.of(child.pid)
+            record = Record(identity.pid, identity.start_ticks, identity.boot, tuple(argv), facts or {})
+            replace_file(disk, folder.process, msgspec.json.encode(record))
+            return cls(folder, record, pidfd, child)
+        except BaseException:
+            child.kill()
+            child.wait()
+            os.close(pidfd)
+            raise
+
+    @classmethod
+    def find(cls, folder: RuntimeFolder) -> Qemu | None:
+        """The process of an earlier launch, if it is still there."""
+        record = _read_record(folder) or _record_of_listener(folder)
+        if record is None:
+            return None
+        try:
+            pidfd = os.pidfd_open(record.pid)
+        except ProcessLookupError:
+            return None
+        try:
+            same = Identity.of(record.pid) == record.identity
+        except OSError:
+            same = False
+        if not same or _ended(pidfd, 0):
+            os.close(pidfd)
+            return None
+        return cls(folder, record, pidfd)
+
+    @property
+    def vm(self) -> str:
+        """Name of the VM."""
+        return self.folder.vm
+
+    @property
+    def pid(self) -> int:
+        """Of the process; it may have ended."""
+        return self.record.pid
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when the process has ended; owned by this object."""
+        return self._pidfd
+
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return not _ended(self._pidfd, 0)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for its end, and reap it if it is our child; False if it still runs."""
+        if not _ended(self._pidfd, timeout_s):
+            return False
+        if self._child is not None:
+            self._child.wait()
+        return True
+
+    def kill(self, timeout_s: float = 30) -> None:
+        """SIGKILL, and wait. Raises VirtualMachineError if the kernel cannot end it."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it was faster
+        if not self.wait(timeout_s):
+            raise VirtualMachineError(f"VM {self.vm}: QEMU (process {self.pid}) does not end after SIGKILL")
+
+    def end(self) -> str:
+        """In words, how it ended, with its own last lines; for the message of an error."""
+        self.wait(0)
+        status = self._child.returncode if self._child is not None else None
+        how = "ended"
+        if status is not None:
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        said = self.last_lines()
+        return f"QEMU {how}: {said}" if said else f"QEMU {how}, and its log {self.folder.log} is empty"
+
+    def last_lines(self) -> str:
+        """What QEMU printed last, joined into one line, without its own name in front."""
+        try:
+            with self.folder.log.open("rb") as log:
+                log.seek(max(log.seek(0, os.SEEK_END) - 4096, 0))
+                text = log.read().decode(errors="replace")
+        except OSError:
+            return ""
+        name = re.escape(Path(self.record.argv[0]).name) if self.record.argv else "qemu"
+        lines = [re.sub(rf"^\S*{name}: ", "", line.strip()) for line in text.splitlines() if line.strip()]
+        return "; ".join(lines[-_LAST_LINES:])
+
+    def close(self) -> None:
+        """Let go of the process without ending it."""
+        for descriptor in (self._pidfd, self._journal):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._pidfd = self._journal = -1
+        if self._child is not None and self._child.returncode is None:
+            self._child.returncode = 0  # or its destructor complains of a child that is meant to run on
+        self._child = None
+
+    def __enter__(self) -> Qemu:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def find_binary(vm: str, name: str) -> Path:
+    """The program, by path or by name. Raises VirtualMachineError."""
+    found = shutil.which(name)
+    if found is None:
+        raise VirtualMachineError(
+            f"VM {vm}: there is no program {name}: install QEMU (package qemu-system-x86), or set qemu in its description"
+        )
+    return Path(found).resolve()
+
+
+def version(vm: str, binary: Path) -> str:
+    """As in `QEMU emulator version 7.2.22 (Debian ...)`. Raises VirtualMachineError."""
+    first = _ask(vm, binary, "-version").partition("\n")[0]
+    return first.removeprefix("QEMU emulator version ").strip()
+
+
+def resolve_machine(vm: str, binary: Path, name: str) -> str:
+    """The versioned machine type that an alias stands for now. Raises VirtualMachineError."""
+    return machine_of(_ask(vm, binary, "-machine", "help"), name) or _no_machine(vm, binary, name)
+
+
+def machine_of(listing: str, name: str) -> str | None:
+    """From the text of `-machine help`; None if the machine is not in it."""
+    for line in listing.splitlines()[1:]:
+        kind, _, words = line.partition(" ")
+        alias = re.search(r"\(alias of ([^)\s]+)\)", words)
+        if kind == name:
+            return alias[1] if alias else kind
+    return None
+
+
+def trim_log(path: Path, bytes_max: int) -> None:
+    """Cut a log that QEMU appends to down to its last half, when it is longer than `bytes_max`.
+
+    A guest can write to its console without end. What is appended meanwhile may get lost. Raises StorageError.
+    """
+    try:
+        with path.open("r+b") as log:
+            size = log.seek(0, os.SEEK_END)
+            if size <= bytes_max:
+                return
+            log.seek(size - bytes_max // 2)
+            rest = log.read(bytes_max // 2)
+            log.truncate(0)
+        with path.open("ab") as log:
+            log.write(rest)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError.from_os(error, str(path), "shorten") from error
+
+
+def _start(folder: RuntimeFolder, argv: list[str]) -> subprocess.Popen[bytes]:
+    try:
+        with folder.log.open("wb") as log:
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd="/",  # a folder that was the user's must not stay busy for as long as the VM runs
+                start_new_session=True,
+                close_fds=True,
+                umask=0o077,  # sockets, journal and console are the user's alone
+            )
+    except OSError as error:
+        if error.filename in (None, str(folder.log)):
+            raise StorageError.from_os(error, str(folder.log), "start QEMU with its log there") from error
+        raise VirtualMachineError(f"VM {folder.vm}: cannot start {argv[0]}: {error.strerror or error}") from error
+
+
+def _make_journal(folder: RuntimeFolder) -> None:
+    try:
+        for path in (folder.journal_input, folder.journal_output, folder.process):
+            path.unlink(missing_ok=True)
+        os.mkfifo(folder.journal_input, 0o600)
+        folder.journal_output.touch(0o600)
+    except OSError as error:
+        raise StorageError.from_os(error, str(folder.journal_input), "make the event journal") from error
+
+
+def _open_journal(folder: RuntimeFolder) -> int:
+    """Start the journal's monitor, which is silent until it is spoken to; to one that runs this is nothing new.
+
+    The descriptor has to stay open until QEMU has opened the FIFO, or what was written is gone; -1 if it is missing.
+    """
+    try:
+        descriptor = os.open(folder.journal_input, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    os.write(descriptor, _NEGOTIATE)
+    return descriptor
+
+
+def _read_record(folder: RuntimeFolder) -> Record | None:
+    try:
+        return msgspec.json.decode(folder.process.read_bytes(), type=Record)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _record_of_listener(folder: RuntimeFolder) -> Record | None:
+    """Who listens on the monitor socket, if there is no record of who should."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(folder.monitor))
+            pid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            identity = Identity.of(pid)
+        except OSError:
+            return None
+    return Record(identity.pid, identity.start_ticks, identity.boot, ())
+
+
+def _ended(pidfd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    deadline = time.monotonic() + timeout_s
+    return bool(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
+
+
+def _ask(vm: str, binary: Path, *arguments: str) -> str:
+    try:
+        answer = subprocess.run(
+            [str(binary), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ASK_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise VirtualMachineError(f"VM {vm}: {binary} {' '.join(arguments)} failed: {error}") from error
+    if answer.returncode:
+        lines = " ".join(answer.stderr.split())
+        raise VirtualMachineError(f"VM {vm}: {binary} {' '.join(arguments)} failed: {lines or answer.returncode}")
+    return answer.stdout
+
+
+def _no_machine(vm: str, binary: Path, name: str) -> str:
+    raise VirtualMachineError(
+        f"VM {vm}: {binary} has no machine type {name} (`{binary.name} -machine help` lists them)"
+    )

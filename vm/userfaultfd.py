@@ -1,0 +1,144 @@
+"""One userfaultfd of a running QEMU: its handshake, and the ranges of QEMU's memory that it governs.
+
+All structures and numbers of the userfaultfd interface that we use are here.
+Source: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>.
+
+    UFFDIO_API           struct uffdio_api           u64 api=0xAA, features, ioctls       24 bytes
+    UFFDIO_REGISTER      struct uffdio_register      u64 start, length, mode, ioctls      32 bytes
+    UFFDIO_UNREGISTER    struct uffdio_range         u64 start, length                    16 bytes
+    UFFDIO_WRITEPROTECT  struct uffdio_writeprotect  u64 start, length, mode              24 bytes
+
+Invariants: one descriptor does for all of a QEMU, and its handshake is made once in its life, with all features that
+tracking and lazy restore need: a second handshake is EINVAL. What an earlier supervisor asked for is read from
+fdinfo. QEMU holds a copy of the descriptor, so that closing ours ends nothing.
+
+Thread-safe as the kernel is: one system call a method, no state but the descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from types import TracebackType
+
+from base.errors import VirtualMachineError
+from vm import injection
+
+WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC, MISSING_SHMEM = 1 << 12, 1 << 13, 1 << 15, 1 << 5
+FEATURES = WP_ASYNC | WP_UNPOPULATED | WP_HUGETLBFS_SHMEM | MISSING_SHMEM
+
+_MODE_MISSING, _MODE_WP = 1, 2
+_WRITEPROTECT_MODE_WP = 1
+_API = 0xAA
+_INITIALISED = 1 << 31  # the kernel's own mark among the features that fdinfo shows: the handshake is done
+_LINK = "anon_inode:[userfaultfd]"
+
+
+def _ioc(direction: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | _API << 8 | number
+
+
+_READ, _READ_WRITE = 2, 3
+_UFFDIO_API = _ioc(_READ_WRITE, 0x3F, 24)
+_UFFDIO_REGISTER = _ioc(_READ_WRITE, 0x00, 32)
+_UFFDIO_UNREGISTER = _ioc(_READ, 0x01, 16)
+_UFFDIO_WRITEPROTECT = _ioc(_READ_WRITE, 0x06, 24)
+
+
+class Userfaultfd:
+    """Our copy of the userfaultfd of the QEMU process `pid`; a context manager that closes it."""
+
+    def __init__(self, pid: int, descriptor: int) -> None:
+        """Takes over `descriptor`, whose handshake has been made."""
+        self.pid, self.descriptor = pid, descriptor
+
+    @classmethod
+    def of(cls, pid: int) -> Userfaultfd:
+        """The one that QEMU has from an earlier supervisor, or else a new one.
+
+        Raises VirtualMachineError if neither can be had: the message says why, and QEMU goes on as before.
+        """
+        try:
+            for remote in injection.held_descriptors(pid, _LINK):
+                # An uninitialised one, or one with other features, is QEMU's own (background snapshot, postcopy).
+                if _asked_features(pid, remote) & (FEATURES | _INITIALISED) == FEATURES | _INITIALISED:
+                    return cls(pid, injection.duplicate(pid, remote))
+            descriptor = injection.duplicate(pid, injection.inject(pid))
+        except OSError as error:
+            raise VirtualMachineError(f"QEMU (pid {pid}): cannot take its userfaultfd: {error.strerror}") from error
+        try:
+            _handshake(pid, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(pid, descriptor)
+
+    def register(self, start: int, size: int, *, missing: bool = False) -> None:
+        """Govern writes (and with `missing` also first touches) to [start, start + size) of QEMU's addresses.
+
+        Registering again is no error and changes nothing. Raises VirtualMachineError.
+        """
+        mode = _MODE_WP | (_MODE_MISSING if missing else 0)
+        self._ioctl("UFFDIO_REGISTER", _UFFDIO_REGISTER, struct.pack("4Q", start, size, mode, 0))
+
+    def unregister(self, start: int, size: int) -> None:
+        """Govern the range no longer; its write protection is gone with that. Raises VirtualMachineError."""
+        self._ioctl("UFFDIO_UNREGISTER", _UFFDIO_UNREGISTER, struct.pack("2Q", start, size))
+
+    def write_protect(self, start: int, size: int) -> None:
+        """Mark every page of a registered range as not written, untouched ones too. Raises VirtualMachineError.
+
+        Takes 2 MiB of page tables per GiB that had none.
+        """
+        self._ioctl("UFFDIO_WRITEPROTECT", _UFFDIO_WRITEPROTECT, struct.pack("3Q", start, size, _WRITEPROTECT_MODE_WP))
+
+    def close(self) -> None:
+        """Close our copy; QEMU's stays, with all that is registered."""
+        os.close(self.descriptor)
+
+    def __enter__(self) -> Userfaultfd:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ioctl(self, name: str, request: int, argument: bytes) -> None:
+        try:
+            fcntl.ioctl(self.descriptor, request, bytearray(argument))
+        except OSError as error:
+            start, size = struct.unpack_from("2Q", argument)
+            place = f"{start:#x}-{start + size:#x}"
+            raise VirtualMachineError(f"QEMU (pid {self.pid}): {name} of {place}: {error.strerror}") from error
+
+
+def _asked_features(pid: int, descriptor: int) -> int:
+    """The features of a userfaultfd's handshake, with _INITIALISED; 0 if there was none.
+
+    Source: fdinfo of the kernel's fs/userfaultfd.c: `API:<tab>version:features:ioctls`, hexadecimal.
+    """
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/fdinfo/{descriptor}") as lines:
+        for line in lines:
+            if line.startswith("API:"):
+                return int(line.split()[1].split(":")[1], 16)
+    return 0
+
+
+def _handshake(pid: int, descriptor: int) -> None:
+    argument = bytearray(struct.pack("3Q", _API, FEATURES, 0))
+    try:
+        fcntl.ioctl(descriptor, _UFFDIO_API, argument)
+        has = struct.unpack("3Q", argument)[1]
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise VirtualMachineError(f"QEMU (pid {pid}): UFFDIO_API: {error.strerror}") from error
+        has = 0
+    if has & FEATURES != FEATURES:
+        raise VirtualMachineError(
+            f"QEMU (pid {pid}): this kernel's userfaultfd has no asynchronous write protection of shared memory "
+            f"(Linux 6.7 has it): use the scan tracker"
+        )
