@@ -144,7 +144,10 @@ def measure(environment: Environment, batches: int, memory: PeakMemory) -> dict[
     for size_of_batch in (BATCH, 16384, 1024):
         for what, hit in (("hit", True), ("miss", False)):
             count = 7
-            wanted = [sample(batches, size_of_batch, seed) if hit else ids(-1 - seed & 0xFFFFFFFF, size_of_batch) for seed in range(count)]
+            wanted = [
+                sample(batches, size_of_batch, seed) if hit else ids(-1 - seed & 0xFFFFFFFF, size_of_batch)
+                for seed in range(count)
+            ]
             median = statistics.median(lookup_seconds(environment, index, wanted, hit)) / size_of_batch * 1e6
             print(f"look-up in batches of {size_of_batch:6}, {what:4}: {median:.2f} us")
             figures[f"index_us_per_lookup_{what}_{size_of_batch}"] = round(median, 3)

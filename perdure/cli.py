@@ -33,7 +33,7 @@ exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; gives its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(arguments, argparse.Namespace(repository=None, json=False, quiet=False))
     module, _, name = options.command.partition(":")
     try:
         command = getattr(importlib.import_module(f"perdure.{module}"), name)
@@ -65,7 +65,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[common],
     )
-    top.set_defaults(repository=None, json=False, quiet=False)
     top.add_argument("--version", action="version", version=_VERSION)
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -118,6 +117,7 @@ def _vm_verbs(verb: _Verb) -> None:
     run.add_argument(
         "--from", dest="point", metavar="VM@N", help="persistent memory of this generation, not the latest"
     )
+    run.add_argument("--discard", action="store_true", help="drop memory that an ended QEMU left, uncaptured")
     run.add_argument("--without-restore", action="store_true", help="start with empty persistent memory")
     status = verb("status", "vm_commands:status", "running VMs, or one in full")
     status.add_argument("vm", metavar="VM", nargs="?")

@@ -26,6 +26,8 @@ def runtime_folder() -> Path:
     override = os.environ.get("PERDURE_STATE_DIR")
     if override:
         return _private(Path(override) / "run")
+    if os.getuid() == 0 and "XDG_RUNTIME_DIR" not in os.environ:  # root has no session's directory
+        return _private(Path("/run/perdure"))
     import platformdirs
 
     return _private(Path(platformdirs.user_runtime_dir("perdure")))

@@ -129,5 +129,3 @@ def _range(arguments: dict[str, Any]) -> tuple[int, int]:
 
 def _number(done: Captured | None) -> int | None:
     return None if done is None else done.generation.number
-
-

@@ -23,11 +23,13 @@ from base.units import format_size
 from capture.generation import Captured, Execution, capture
 from perdure import documents
 from perdure.control import serve
-from perdure.machine import Launcher, Machine
+from perdure.launcher import Launcher
+from perdure.machine import Machine
 from perdure.requests import Requests
 from store.records import Generation
 from store.repository import Repository
-from vm.hold import Cause
+from vm.hold import Cause, Hold
+from vm.qemu import Qemu
 
 T = TypeVar("T")
 """Result of work that is sent to the repository's thread."""
@@ -40,15 +42,18 @@ class Ended:
     reason: str
     detached: bool = False
     interrupted: bool = False
+    failed: bool = False
     generation: int | None = None
 
 
 class Supervisor:
     """One VM, from launch or take-over to its end."""
 
-    def __init__(self, launcher: Launcher, repository: Repository, say: Callable[[str], None], progress: Progress) -> None:
+    def __init__(
+        self, launcher: Launcher, repository: Repository, say: Callable[[str], None], progress: Progress
+    ) -> None:
         self.launcher, self.repository, self.say = launcher, repository, say
-        self.vm = launcher.config.name
+        self.vm = launcher.description.name
         self.state = "starting"
         self.began = time.time()
         self._progress = progress
@@ -72,10 +77,11 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupted, number)
         try:
-            async with serve(self.launcher.control, self._requests.commands()):
+            async with await serve(self.launcher.folder.control, self._requests.commands(), self.say):
                 async with self._operation:
-                    if self.launcher.is_running():
-                        await self._adopt()
+                    qemu = self.launcher.find()
+                    if qemu is not None:
+                        await self._adopt(qemu)
                     else:
                         await self._launch(generation)
                 return await self._ended
@@ -90,7 +96,12 @@ class Supervisor:
         return await asyncio.get_running_loop().run_in_executor(self._store, work)
 
     async def snapshot(
-        self, cause: str, *, tags: tuple[str, ...] = (), metadata: dict[str, Any] | None = None, progress: Progress | None = None
+        self,
+        cause: str,
+        *,
+        tags: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> Captured:
         """A generation of the running VM. Raises what capture raises; the guest runs on in any case."""
         async with self._operation:
@@ -153,16 +164,16 @@ class Supervisor:
         prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, self._progress))
         machine = await self.launcher.launch(prepared, self.in_store)
         self._follow(machine)
-        self.say(f"{self.vm} started (pid {machine.pid}, {machine.accelerator}): {prepared.summary}")
+        self.say(f"{self.vm} started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}")
         self.say(f"{self.vm} tracker: {machine.tracking.choice.kind} ({machine.tracking.choice.reason})")
 
-    async def _adopt(self) -> None:
-        machine = await self.launcher.adopt(self.repository, self.in_store)
+    async def _adopt(self, qemu: Qemu) -> None:
+        machine = await self.launcher.adopt(qemu, self.repository, self.in_store)
         self._follow(machine)
         self.say(f"{self.vm} taken over (pid {machine.pid}), tracker {machine.tracking.choice.kind}")
-        if await machine.is_held():  # the event that said why came while nobody listened
-            self.say(f"{self.vm} had stopped itself while it was unsupervised: treated as a reboot")
-            await self._go_through_reboot(machine)
+        waiting = await machine.pending_hold()
+        if waiting is not None:
+            await self._held(machine, waiting)
 
     def _follow(self, machine: Machine) -> None:
         self._machine = machine
@@ -173,37 +184,49 @@ class Supervisor:
     async def _watch(self, machine: Machine) -> None:
         """Act on what QEMU says until it is gone."""
         try:
-            while (cause := await machine.next_hold()) is not None:
+            while (found := await machine.next_hold()) is not None:
                 async with self._operation:
                     if self._machine is not machine:
                         return
-                    await self._held(machine, cause)
+                    await self._held(machine, found)
             if self._machine is machine:
-                self._machine = None
-                self._end(Ended(f"QEMU ended: {machine.last_words()}"))
+                await self._died(machine)
         except PerdureError as error:
             self._fail(error)
 
-    async def _held(self, machine: Machine, cause: Cause) -> None:
+    async def _died(self, machine: Machine) -> None:
+        """QEMU ended by itself: what it left in memory is captured."""
+        async with self._operation:
+            self._machine = None
+            self.say(f"{self.vm}: {machine.last_words()}")
+            await machine.disconnect()
+            saved = await self.in_store(lambda: self.launcher.salvage(self.repository, self._progress))
+            if saved is not None:
+                self.say(documents.made_text(saved.generation, saved.seconds)[0] + " (crash)")
+            self._end(Ended("QEMU ended", failed=True, generation=saved.generation.number if saved else None))
+
+    async def _held(self, machine: Machine, found: Hold) -> None:
         self.state = "held"
-        policy = self.launcher.config.policy
-        if cause is Cause.REBOOT:
+        policy = self.launcher.description.policy
+        if found.cause is Cause.REBOOT:
             await self._go_through_reboot(machine)
             return
         number = None
         if policy.capture_on_shutdown:
-            done = await self._try_capture(machine, "shutdown" if cause is Cause.POWEROFF else "panic")
+            done = await self._try_capture(machine, "shutdown" if found.cause is Cause.POWEROFF else "panic")
             if done is None:
                 self.say(f"{self.vm} stays held, its memory as it was: `perdure stop {self.vm} --capture` tries again")
                 return
             number = done.generation.number
         await self._quit(machine)
-        self._end(Ended("the guest shut down" if cause is Cause.POWEROFF else "the guest panicked", generation=number))
+        self._end(
+            Ended("the guest shut down" if found.cause is Cause.POWEROFF else "the guest panicked", generation=number)
+        )
 
     async def _go_through_reboot(self, machine: Machine) -> Captured | None:
         """A held VM: capture, scrub, verify, the user's hook, reset. What is tagged stays where it is."""
         self.state = "held"
-        done = await self._try_capture(machine, "reboot") if self.launcher.config.policy.capture_on_reboot else None
+        done = await self._try_capture(machine, "reboot") if self.launcher.description.policy.capture_on_reboot else None
         scrubbed = await self.in_store(machine.scrub)
         await self.launcher.before_boot(machine)
         await machine.go_on_after_hold()
@@ -277,7 +300,7 @@ class Supervisor:
 
     async def _leave(self, number: signal.Signals) -> None:
         """Ctrl-C and SIGTERM: capture if the policy says so, and leave the guest running."""
-        if self._machine is not None and number is signal.SIGTERM and self.launcher.config.policy.capture_on_terminate:
+        if self._machine is not None and number is signal.SIGTERM and self.launcher.description.policy.capture_on_terminate:
             try:
                 await self.snapshot("terminate")
             except PerdureError as error:

@@ -159,5 +159,3 @@ def _local(seconds: float) -> str:
 
 def _output(options: Namespace) -> Output:
     return Output(options.json, options.quiet)
-
-

@@ -220,13 +220,12 @@ class Environment:
             mode=0o600,
             max_dbs=MAX_DATABASES,
             max_readers=_MAX_READERS,
-            max_spare_txns=0,  # a cached read transaction would not keep the handles opened in it
+            max_spare_txns=1,
             lib_version=0,
         )
 
     def _open_databases(self, names: Sequence[str]) -> dict[str, lmdb._Database]:
-        """Handles; a write transaction, which may wait for a writer, only if one has to be made."""
-        # Handles opened in a read transaction end with it (py-lmdb 3.0.0), so this waits for a writer to commit.
+        """Handles; waits for a writer, since py-lmdb keeps only handles that a write transaction opened."""
         with self._lmdb.begin(write=True) as txn:
             return {each: self._lmdb.open_db(each.encode(), txn=txn) for each in names}
 

@@ -1,6 +1,6 @@
 """The on-disk format of key slots, keyrings and sealed parts: magics, layouts, pure encoders and decoders.
 
-All integers are little-endian. This module handles no secret: what is sealed passes through as it is.
+All integers are little-endian. No key is used here: what is sealed, and what was opened, only changes its shape.
 
 SLOT  files `keys/<slot id, 16 hex digits>`, 308 bytes
     offset size  field
@@ -89,6 +89,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NoReturn
 
 from blake3 import blake3
 
@@ -123,6 +124,18 @@ NODE_CONTEXT = "Perdure 1 page map node id, level {}"
 MASTER_CONTEXT = b"Perdure 1 master for a slot"
 MAX_LEVEL = 13
 """32**13 chunks are more than 64 bits can number."""
+
+
+class Secret:
+    """Base of what holds secrets: does not pickle, does not copy, shows nothing."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} holds keys and does not leave its process")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
 
 
 class SlotKind(IntEnum):
@@ -197,8 +210,8 @@ class KeyringHeader:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class KeyringBody:
-    """The secrets of a repository: `data_keys` by epoch. Never printed."""
+class KeyringBody(Secret):
+    """The secrets of a repository: `data_keys` by epoch."""
 
     id_key: bytes
     index_mac_key: bytes

@@ -75,7 +75,7 @@ class Index(IndexReader):
                 total = len(columns) + sum(each.entries for each in peers)
                 if len(peers) < runs.FANIN - 1 or total > parts.PART_ENTRIES:
                     break
-                small = [self.part(txn, each, at).columns() for each in peers for at in range(len(each.fences))]
+                small = [self.columns(txn, each, at) for each in peers for at in range(len(each.fences))]
                 columns = merging.living(runs.merge([columns, *small]), dead)
                 for each in peers:
                     self._apply(txn, [], merging.removal(each, len(each.fences)))
@@ -129,7 +129,7 @@ class Index(IndexReader):
         for start in range(0, len(columns), parts.PART_ENTRIES):
             piece = columns.cut(start, start + parts.PART_ENTRIES)
             run = run.extended(piece)
-            self._apply(txn, [("parts", run.part_key(-1), parts.encode_part(run, piece, self._key))])
+            self._apply(txn, merging.part_puts(run, piece, self._key))
         state = replace(state, next_run=state.next_run + 1)
         self._apply(txn, [("runs", run.key(), parts.encode_run(run, self._key)), self._state_put(state)])
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
 
 from blake3 import blake3
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -34,6 +33,7 @@ from store.format_keys import (
     SEALING_CONTEXT,
     KeyringBody,
     KeyringHeader,
+    Secret,
     SigningKey,
 )
 
@@ -48,19 +48,7 @@ def signer_of(signing_keys: Sequence[SigningKey], epoch: int) -> bytes:
     return [each.public_key for at, each in enumerate(signing_keys) if not at or each.first_epoch <= epoch][-1]
 
 
-class _Secret:
-    """Holds key material: does not pickle, does not copy, shows nothing."""
-
-    __slots__ = ()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(f"{type(self).__name__} holds keys and does not leave its process")
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}>"
-
-
-class Sealer(_Secret):
+class Sealer(Secret):
     """Seals and opens the parts of one object: the frames and footer of a pack, the body of a record.
 
     Why a nonce cannot do harm. AES-GCM breaks when one key meets one nonce with two different inputs (plaintext or
@@ -111,7 +99,7 @@ class Sealer(_Secret):
         raise IntegrityError(self._name, f"sealed part {number} does not open: damaged or replaced", offset=offset)
 
 
-class DataKeys(_Secret):
+class DataKeys(Secret):
     """What reading and writing chunks needs: the id key and data keys by epoch. All that a worker process gets."""
 
     __slots__ = ("_data_keys", "_id_key", "_id_keys", "current_epoch", "repository_id")

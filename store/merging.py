@@ -26,7 +26,7 @@ FAN_MAX = 2 * runs.FANIN
 _ROUNDS = 8
 """Most times that a step reads on because what it read was mostly dropped."""
 
-Put = tuple[str, bytes, bytes | bytearray]
+Put = tuple[str, bytes, bytes]
 Delete = tuple[str, bytes]
 
 
@@ -89,7 +89,7 @@ def plan(index: IndexReader, txn: lmdb.Transaction, mac_key: bytes) -> Step | No
             step.puts.append(("runs", left.key(), parts.encode_run(left, mac_key)))
     if len(columns):
         output = output.extended(columns)
-        step.puts.append(("parts", output.part_key(-1), parts.encode_part(output, columns, mac_key)))
+        step.puts += part_puts(output, columns, mac_key)
     if all(each.ended for each in cursors):
         output = replace(output, merge=0, role=Role.AT_REST)
     if len(output.fences) or output.role is Role.OUTPUT:
@@ -120,8 +120,14 @@ def choose(everything: list[Run], serial: int) -> list[Run] | None:
 
 def removal(run: Run, count: int) -> list[Delete]:
     """Keys to delete when the first `count` parts of a run are not needed any more; with the last goes the run."""
-    keys = [("parts", run.part_key(at)) for at in range(count)]
+    keys = [("parts", key) for at in range(count) for key in (run.prefix_key(at), run.body_key(at))]
     return [*keys, ("runs", run.key())] if count == len(run.fences) else keys
+
+
+def part_puts(run: Run, columns: Columns, mac_key: bytes) -> list[Put]:
+    """What stores these entries as the last part of a run."""
+    prefix, body = parts.encode_part(run, columns, mac_key)
+    return [("parts", run.prefix_key(-1), prefix), ("parts", run.body_key(-1), body)]
 
 
 def living(columns: Columns, dead: Dead) -> Columns:
@@ -159,9 +165,9 @@ def _window(index: IndexReader, txn: lmdb.Transaction, cursor: _Cursor) -> tuple
     """The next entries of an input, at most a full part's worth, and whether they are its last."""
     pieces, at, skip, room = [runs.EMPTY], cursor.at, cursor.skip, parts.PART_ENTRIES
     while at < len(cursor.run.fences) and room:
-        part = index.part(txn, cursor.run, at)
+        part = index.columns(txn, cursor.run, at)
         end = min(len(part), skip + room)
-        pieces.append(part.columns().cut(skip, end))
+        pieces.append(part.cut(skip, end))
         room -= end - skip
         if end < len(part):
             break

@@ -295,8 +295,7 @@ def _edited(
     """Clear `cut`, then set `numbers`, in one pass."""
     live = np.flatnonzero(_live(ids))
     level = max(root.height, _height(int(numbers[live[-1]]) if len(live) else 0))
-    inside = int(np.searchsorted(numbers, _span(level)))  # what is cleared above the top is zero already
-    edit = _Edit(cut, numbers[:inside], ids[:inside], source, sink, keys)
+    edit = _Edit(cut, numbers, ids, source, sink, keys)  # numbers above the top are cleared, and zero already
     height, top = edit.minimal(level, root.height, _top(root)[1])
     if not top.any():
         height = 0

@@ -2,18 +2,18 @@
 
 Private to this host and rebuilt when in doubt, so there is no format version to support but the present one: it is
 part of every MAC, and anything else is a damaged index. Integers little-endian, in keys big-endian. Pure
-functions, safe anywhere; arrays of a decoded part are views of the caller's buffer.
+functions, safe anywhere.
 
-PART  database `parts`, key: run (8), number (4)
+PART  database `parts`: two values, since most look-ups need only the first, and py-lmdb touches every page of a
+value that it gives. n entries, as the descriptor says.
+  key: run (8), number (4), 0
     offset size  field
-         0    4  number of entries, n
-         4    4  zero
-         8   16  MAC of the prefix column
-        24   16  MAC of the rest column
-        40   16  MAC of the location column
-        56  8*n  prefix: first 8 bytes of each id as a number
-   56+8*n  24*n  rest of each id
-  56+32*n  12*n  location: pack (4), frame (4), slot (2), flags (2)
+         0  8*n  prefix: first 8 bytes of each id as a number
+       8*n   16  MAC
+  key: run (8), number (4), 1
+         0 24*n  rest: the other bytes of each id
+      24*n 12*n  location: pack (4), frame (4), slot (2), flags (2)
+      36*n   16  MAC
 
 RUN  database `runs`, key: "r", run (8)
          0    8  clean: it holds nothing of packs that were dropped up to this serial
@@ -39,19 +39,20 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from store.runs import LOCATION, Columns, Packs
+from store.runs import LOCATION, Columns, Locations, Packs, Prefixes
 
-PART_ENTRIES = 47_660
-"""Entries of a full part: with LMDB's page header it fills 512 pages, 2 MiB, to the last 40 bytes. All full parts
-being of one size, the space that one leaves another takes, and the file hardly fragments."""
+Buffer = bytes | memoryview
 
+PART_ENTRIES = 47_100
+"""Entries of a full part: with LMDB's page headers its values fill 92 and 414 pages, just under 2 MiB together. All
+full parts being of one size, the space that one leaves another takes, and the file hardly fragments."""
+
+PREFIX_BYTES, BODY_BYTES = 8, 36
 MAC_BYTES = 16
-PART_HEADER = 8 + 3 * MAC_BYTES
-ENTRY_BYTES = 44
 
 _VERSION = b"perdure index 1 "
-_PART_KEY = struct.Struct(">QI")
-_PART_CONTEXT = struct.Struct("<QIIB")
+_PART_KEY = struct.Struct(">QIB")
+_PREFIX, _BODY = 0, 1
 _RUN_KEY = struct.Struct(">cQ")
 _RUN = struct.Struct("<QQIIIxxxx")
 _STATE = struct.Struct("<QQ")
@@ -94,9 +95,13 @@ class Run:
         """Its key in the database `runs`."""
         return _RUN_KEY.pack(RUN_PREFIX, self.number)
 
-    def part_key(self, at: int) -> bytes:
-        """Key in the database `parts` of its part at a position."""
-        return _PART_KEY.pack(self.number, int(self.fences["number"][at]))
+    def prefix_key(self, at: int) -> bytes:
+        """Key in the database `parts` of the prefix column of its part at a position."""
+        return _PART_KEY.pack(self.number, self.fences["number"][at], _PREFIX)
+
+    def body_key(self, at: int) -> bytes:
+        """Key of the other columns of that part."""
+        return _PART_KEY.pack(self.number, self.fences["number"][at], _BODY)
 
     def extended(self, columns: Columns) -> Run:
         """With one more part, which holds these entries, behind the others."""
@@ -146,72 +151,30 @@ class Dead:
 NONE_DEAD = Dead(np.empty(0, np.uint32), np.empty(0, np.uint64))
 
 
-class Part:
-    """A stored part whose columns are checked when they are first asked for. Lives as long as its buffer does.
+def encode_part(run: Run, columns: Columns, key: bytes) -> tuple[bytes, bytes]:
+    """The values of a run's last part, which holds these entries: prefix column and body."""
+    prefix = columns.prefix.astype("<u8", copy=False).tobytes()
+    body = b"".join((columns.rest.tobytes(), columns.location.tobytes()))
+    return _sealed(run.prefix_key(-1), prefix, key), _sealed(run.body_key(-1), body, key)
 
-    `trusted` remembers, per process, the MACs that were found right; pass the same set for parts of one run.
-    Raises DamagedValueError.
+
+def decode_prefix(run: Run, at: int, value: Buffer | None, key: bytes, trusted: set[bytes]) -> Prefixes:
+    """The prefix column of a part: a view, or a copy where the value is not aligned.
+
+    `trusted` remembers the MACs of values that were found right, and these are not checked again. Raises
+    DamagedValueError.
     """
-
-    __slots__ = ("_entries", "_key", "_number", "_run", "_trusted", "_value")
-
-    def __init__(self, value: memoryview | None, run: Run, at: int, key: bytes, trusted: set[bytes]) -> None:
-        fence = run.fences[at]
-        self._run, self._number, self._entries = run.number, int(fence["number"]), int(fence["entries"])
-        if value is None:
-            raise DamagedValueError(f"run {self._run}, part {self._number}: is missing")
-        self._value, self._key, self._trusted = value, key, trusted
-        if len(value) != PART_HEADER + ENTRY_BYTES * self._entries:
-            raise DamagedValueError(f"run {self._run}, part {self._number}: has {len(value)} bytes")
-
-    def __len__(self) -> int:
-        return self._entries
-
-    def prefix(self) -> NDArray[np.uint64]:
-        """The prefix column: a view, or a copy where the value is not aligned."""
-        return np.frombuffer(self._column(0), "<u8").astype(np.uint64, copy=False)
-
-    def rest(self) -> NDArray[np.uint8]:
-        """The rest column (n, 24), a view."""
-        return np.frombuffer(self._column(1), np.uint8).reshape(-1, 24)
-
-    def location(self) -> NDArray[np.void]:
-        """The location column, a view."""
-        return np.frombuffer(self._column(2), LOCATION)
-
-    def columns(self) -> Columns:
-        """All three."""
-        return Columns(self.prefix(), self.rest(), self.location())
-
-    def _column(self, column: int) -> memoryview:
-        start = PART_HEADER + (0, 8, 32)[column] * self._entries
-        data = self._value[start : start + (8, 24, 12)[column] * self._entries]
-        stored = bytes(self._value[8 + column * MAC_BYTES : 8 + (column + 1) * MAC_BYTES])
-        if stored not in self._trusted:
-            if stored != _part_mac(self._key, self._run, self._number, column, data):
-                raise DamagedValueError(
-                    f"run {self._run}, part {self._number}, column {column}: is not what was stored"
-                )
-            self._trusted.add(stored)
-        return data
+    data = _checked(run, at, run.prefix_key(at), value, PREFIX_BYTES, key, trusted)
+    return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
 
 
-def encode_part(run: Run, columns: Columns, key: bytes) -> bytearray:
-    """The value of a run's last part, which holds these entries."""
-    number = int(run.fences["number"][-1])
-    count = len(columns)
-    value = bytearray(PART_HEADER + ENTRY_BYTES * count)
-    view = memoryview(value)
-    struct.pack_into("<I", value, 0, count)
-    start = PART_HEADER
-    np.frombuffer(view[start : start + 8 * count], "<u8")[:] = columns.prefix
-    np.frombuffer(view[start + 8 * count : start + 32 * count], np.uint8).reshape(-1, 24)[:] = columns.rest
-    np.frombuffer(view[start + 32 * count :], LOCATION)[:] = columns.location
-    edges = (start, start + 8 * count, start + 32 * count, start + 44 * count)
-    for column in range(3):
-        mac = _part_mac(key, run.number, number, column, view[edges[column] : edges[column + 1]])
-        value[8 + column * MAC_BYTES : 8 + (column + 1) * MAC_BYTES] = mac
-    return value
+def decode_body(
+    run: Run, at: int, value: Buffer | None, key: bytes, trusted: set[bytes]
+) -> tuple[NDArray[np.uint8], Locations]:
+    """Rest (n, 24) and location columns of a part, as views. Raises DamagedValueError."""
+    data = _checked(run, at, run.body_key(at), value, BODY_BYTES, key, trusted)
+    edge = len(data) // BODY_BYTES * 24
+    return np.frombuffer(data[:edge], np.uint8).reshape(-1, 24), np.frombuffer(data[edge:], LOCATION)
 
 
 def encode_run(run: Run, key: bytes) -> bytes:
@@ -257,22 +220,35 @@ def decode_dead(value: bytes | None, key: bytes) -> Dead:
     return Dead(rows["pack"].astype(np.uint32), rows["serial"].astype(np.uint64))
 
 
-def _part_mac(key: bytes, run: int, number: int, column: int, data: memoryview) -> bytes:
-    hasher = blake3(_VERSION + b"part " + _PART_CONTEXT.pack(run, number, len(data), column), key=key)
-    return hasher.update(data).digest(MAC_BYTES)
+def _checked(
+    run: Run, at: int, name: bytes, value: Buffer | None, entry_bytes: int, key: bytes, trusted: set[bytes]
+) -> memoryview:
+    """The data of a part's value if it is what was stored."""
+    if value is None:
+        raise DamagedValueError(f"run {run.number}, part {at}: is missing")
+    view = memoryview(value)
+    data, mac = view[:-MAC_BYTES], bytes(view[-MAC_BYTES:])
+    if len(data) != int(run.fences["entries"][at]) * entry_bytes:
+        raise DamagedValueError(f"run {run.number}, part {at}: has {len(view)} bytes")
+    if mac not in trusted:
+        if mac != _mac(name, data, key):
+            raise DamagedValueError(f"run {run.number}, part {at}: is not what was stored")
+        trusted.add(mac)
+    return data
 
 
 def _sealed(name: bytes, data: bytes, key: bytes) -> bytes:
-    return data + _value_mac(name, data, key)
+    return b"".join((data, _mac(name, data, key)))
 
 
 def _opened(name: bytes, value: bytes, key: bytes) -> bytes:
     data, mac = value[:-MAC_BYTES], value[-MAC_BYTES:]
-    if mac != _value_mac(name, data, key):
+    if mac != _mac(name, data, key):
         raise DamagedValueError(f"value {name.hex()}: is not what was stored")
     return data
 
 
-def _value_mac(name: bytes, data: bytes, key: bytes) -> bytes:
-    context = _VERSION + b"value" + struct.pack("<HQ", len(name), len(data)) + name
-    return blake3(context + data, key=key).digest(MAC_BYTES)
+def _mac(name: bytes, data: Buffer, key: bytes) -> bytes:
+    """Binds a value to its key in the database, so that none can stand in for another."""
+    hasher = blake3(_VERSION + struct.pack("<IQ", len(name), len(data)) + name, key=key)
+    return hasher.update(data).digest(MAC_BYTES)

@@ -10,6 +10,7 @@ How runs are cut into stored parts is said in store.parts, and what is stored wh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -142,7 +143,7 @@ def among(packs: Packs, wanted: Packs) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Ids to look for, sorted by prefix. `words` is the rest of each id as uint64 (n, 3), for equality only."""
+    """Ids to look for, sorted by prefix. `words` is each whole id as uint64 (n, 4), for equality only."""
 
     prefix: Prefixes
     words: NDArray[np.uint64]
@@ -150,31 +151,14 @@ class Queries:
     @classmethod
     def of(cls, ids: NDArray[np.uint8]) -> tuple[Queries, Positions]:
         """Queries for ids uint8 (n, 32), and for each query its row in `ids`."""
-        prefix, rest = split_ids(ids)
+        assert ids.dtype == np.uint8 and ids.ndim == 2 and ids.shape[1] == ID_BYTES
+        words = np.ascontiguousarray(ids).view(np.uint64)
+        prefix = words[:, 0].copy() if sys.byteorder == "big" else words[:, 0].byteswap()
         order = np.argsort(prefix)
-        return cls(prefix[order], rest[order].view(np.uint64)), order
+        return cls(prefix.take(order), words.take(order, axis=0)), order
 
     def __len__(self) -> int:
         return len(self.prefix)
-
-    def cut(self, start: int, end: int) -> Queries:
-        """The queries [start, end) as views."""
-        return Queries(self.prefix[start:end], self.words[start:end])
-
-
-def find(prefix: Prefixes, queries: Queries) -> tuple[Positions, Positions]:
-    """The queries whose prefix is in a sorted column, and for each the first entry that has it."""
-    sought = queries.prefix
-    if len(prefix) * 4 < len(sought):
-        # A small run in a big batch: searching its few entries among the many queries costs less.
-        low, high = np.searchsorted(sought, prefix, "left"), np.searchsorted(sought, prefix, "right")
-        counts = high - low
-        first = np.repeat(low - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-        chosen = np.unique(first + np.arange(int(counts.sum())))
-        return chosen, np.searchsorted(prefix, sought[chosen])
-    entry = np.searchsorted(prefix, sought)
-    chosen = np.flatnonzero(prefix.take(entry, mode="clip") == sought)
-    return chosen, entry[chosen]
 
 
 def matches(
@@ -182,7 +166,7 @@ def matches(
 ) -> Iterator[tuple[Positions, Positions]]:
     """Pairs of query and entry whose whole ids are equal, in rounds that name each query at most once.
 
-    `chosen` and `entry` are what `find` gave for the same column.
+    `chosen` are queries whose prefix is in the column, and `entry` for each the first entry that has it.
     """
     words = np.ascontiguousarray(rest).view(np.uint64)
     repeated = _next_is_equal(prefix, entry)
@@ -197,7 +181,7 @@ def matches(
             members = np.flatnonzero(crowded & (prefix[entry] == number))
             start, end = np.searchsorted(prefix, number, "left"), np.searchsorted(prefix, number, "right")
             group = np.ascontiguousarray(rest[start:end]).view("S24").ravel()
-            sought = np.ascontiguousarray(queries.words[chosen[members]]).view("S24").ravel()
+            sought = np.ascontiguousarray(queries.words[chosen[members], 1:]).view("S24").ravel()
             entry[members] = np.minimum(start + np.searchsorted(group, sought), end - 1)
     while len(entry):
         same = _equal(words, entry, queries.words, chosen)
@@ -218,9 +202,9 @@ def size_class(entries: int) -> int:
 def _equal(
     words: NDArray[np.uint64], entry: Positions, sought: NDArray[np.uint64], chosen: Positions
 ) -> NDArray[np.bool_]:
-    """Whether the rests, as (n, 3) words, of entries and queries are equal."""
-    stored, wanted = words[entry], sought[chosen]
-    same = (stored[:, 0] == wanted[:, 0]) & (stored[:, 1] == wanted[:, 1]) & (stored[:, 2] == wanted[:, 2])
+    """Whether the rests of entries, as (n, 3) words, and those of queries, as (n, 4) words, are equal."""
+    stored, wanted = words.take(entry, axis=0), sought.take(chosen, axis=0)
+    same = (stored[:, 0] == wanted[:, 1]) & (stored[:, 1] == wanted[:, 2]) & (stored[:, 2] == wanted[:, 3])
     return np.asarray(same, np.bool_)
 
 

@@ -41,6 +41,7 @@ from store.format_keys import (
     KeyringBody,
     KeyringHeader,
     KeyringSlot,
+    Secret,
     SigningKey,
     SlotHeader,
     SlotKind,
@@ -58,7 +59,7 @@ _NO_LINK = bytes(SIGNATURE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class KeyFile:
+class KeyFile(Secret):
     """The bytes of a key file, at least 32 of them and random; a passphrase is given as plain bytes."""
 
     content: bytes
@@ -68,7 +69,7 @@ Credential = bytes | KeyFile
 
 
 @dataclass(frozen=True, slots=True)
-class NewSlot:
+class NewSlot(Secret):
     """A slot to be added. `parameters` None: the default for its kind."""
 
     credential: Credential

@@ -12,6 +12,7 @@ Source: pidfd_open(2), unix(7), qemu(1).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -20,7 +21,6 @@ import signal
 import socket
 import struct
 import subprocess
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -133,10 +133,8 @@ class Qemu:
 
     def kill(self, timeout_s: float = 30) -> None:
         """SIGKILL, and wait. Raises VirtualMachineError if the kernel cannot end it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it was faster
         if not self.wait(timeout_s):
             raise VirtualMachineError(f"VM {self.vm}: QEMU (process {self.pid}) does not end after SIGKILL")
 
@@ -186,7 +184,7 @@ def find_binary(vm: str, name: str) -> Path:
     found = shutil.which(name)
     if found is None:
         raise VirtualMachineError(
-            f"VM {vm}: there is no program {name}: install QEMU (package qemu-system-x86), or set qemu in its description"
+            f"VM {vm}: there is no program {name}: install QEMU (package qemu-system-x86), or set qemu in the file"
         )
     return Path(found).resolve()
 
@@ -233,6 +231,17 @@ def trim_log(path: Path, bytes_max: int) -> None:
         raise StorageError.from_os(error, str(path), "shorten") from error
 
 
+def trim_journal(folder: RuntimeFolder) -> None:
+    """Forget the events so far; for a running VM, whose past holds are dealt with. Raises StorageError.
+
+    QEMU goes on at the offset where it was: what is before that becomes a hole, which reads as zeros.
+    """
+    try:
+        os.truncate(folder.journal_output, 0)
+    except OSError as error:
+        raise StorageError.from_os(error, str(folder.journal_output), "shorten") from error
+
+
 def _start(folder: RuntimeFolder, argv: list[str]) -> subprocess.Popen[bytes]:
     try:
         with folder.log.open("wb") as log:
@@ -271,7 +280,8 @@ def _open_journal(folder: RuntimeFolder) -> int:
         descriptor = os.open(folder.journal_input, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return -1
-    os.write(descriptor, _NEGOTIATE)
+    with contextlib.suppress(BlockingIOError):  # full: QEMU does not read it, and has the first one in any case
+        os.write(descriptor, _NEGOTIATE)
     return descriptor
 
 
@@ -298,8 +308,7 @@ def _record_of_listener(folder: RuntimeFolder) -> Record | None:
 def _ended(pidfd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    deadline = time.monotonic() + timeout_s
-    return bool(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def _ask(vm: str, binary: Path, *arguments: str) -> str:

@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -523,7 +524,7 @@ def test_lines_do_not_depend_on_how_the_stream_was_cut(pieces, cuts):
     splitter = LineSplitter()
     found: list[bytes | None] = []
     edges = [0, *sorted(cuts), len(stream)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         found += splitter.feed(stream[start:end])
         assert len(splitter._held) < LINE_BYTES_MAX
     wanted = b"\n".join(pieces).split(b"\n")

@@ -165,8 +165,12 @@ class PageMaps(RuleBasedStateMachine):
         found = pagemap.lookup(self.root, self.memory, np.array(wanted, np.uint64))
         assert [bytes(each) for each in found] == [self.content.get(each, ZERO_ID) for each in wanted]
 
-    @rule(start=NUMBERS, stop=NUMBERS)
-    def read_window(self, start, stop):
+    @rule(start=NUMBERS, stop=NUMBERS, at=st.none() | st.tuples(*[st.integers(0, 10_000)] * 2, st.integers(-1, 1)))
+    def read_window(self, start, stop, at):
+        if at is not None and self.content:  # edges where something is
+            known = sorted(self.content)
+            start, stop = known[at[0] % len(known)] + at[2], known[at[1] % len(known)] + at[2]
+            start, stop = max(0, min(start, stop)), max(start, stop)
         wanted = {number: name for number, name in self.content.items() if start <= number < stop}
         assert read(self.root, self.memory, start, stop) == wanted
 
@@ -186,6 +190,15 @@ class PageMaps(RuleBasedStateMachine):
     def equals_the_definition(self):
         assert self.root == naive(self.root.length, self.content)
         assert read(self.root, self.memory) == self.content
+
+
+def test_every_window_of_a_small_map():
+    memory = Memory()
+    content = {number: bytes([number + 1]) * 32 for number in (0, 1, 31, 32, 33, 64, 100)}
+    root = pagemap.update(empty(128), 128 * CHUNK, *arrays(content), memory, memory, key)
+    for start in range(130):
+        for stop in (*range(130), 1 << 40):
+            assert read(root, memory, start, stop).keys() == {each for each in content if start <= each < stop}
 
 
 TestPageMaps = PageMaps.TestCase

@@ -1,0 +1,405 @@
+"""How a VM comes to run: memory prepared and verified, QEMU started paused, everything attached, then the first
+instruction; or an earlier supervisor's QEMU taken over.
+
+New memory is made beside that of a QEMU that may still run, so that a rollback that cannot be restored changes
+nothing. A region table in a memory folder says that its content was complete when a guest began to use it: only
+then is memory that a dead QEMU left worth capturing. What a launch that fails has made is taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import uuid
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from base.disk import Disk, replace_file
+from base.errors import ConflictError, NotFoundError, PerdureError, StorageError, VirtualMachineError
+from base.progress import Progress
+from base.units import format_size
+from capture.choice import probe_facts
+from capture.generation import Captured, CapturedRegion, capture
+from capture.journal import Journal
+from capture.tracking import start_tracking
+from capture.trackers import ScanTracker
+from perdure.machine import Machine
+from perdure.measurements import compare, measure
+from restore.eager import Restored, restore_regions
+from restore.scrub import verify_scrubbed
+from store.records import Generation
+from store.repository import Repository
+from vm import accelerator, firmware, hold
+from vm import qemu as processes
+from vm.addresses import AddressMap
+from vm.command_line import Platform, command_line
+from vm.config import RAM, Description
+from vm.folder import RuntimeFolder
+from vm.identity import Identity
+from vm.memory import Memory
+from vm.monitor import Monitor
+from vm.qemu import Qemu
+from vm.regions import Device, RegionTable
+
+T = TypeVar("T")
+"""Result of blocking work."""
+
+_MEMORY_FOLDERS = ("memory", "memory-2")
+_TABLE = "regions.json"
+_PARENT = "parent"
+_HOOK_SECONDS = 600
+
+
+class Elsewhere(Protocol):
+    """Runs blocking work in the repository's thread."""
+
+    def __call__(self, work: Callable[[], T]) -> Coroutine[Any, Any, T]:
+        """Gives its result."""
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    """What the process record keeps for a take-over."""
+
+    platform: Platform
+    memory: str
+    accelerator_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Memory for a launch. `parent` is the generation that it holds, None if it is empty."""
+
+    memory: Memory
+    parent: Generation | None
+    restored: Restored | None
+    warnings: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """What was restored, in words."""
+        done = self.restored
+        if done is None:
+            return "persistent memory is empty"
+        return (
+            f"{done.generation.name} restored, {format_size(done.written_bytes)} in {done.restore_seconds:.2f} s, "
+            f"{format_size(done.verified_bytes)} verified in {done.verify_seconds:.2f} s"
+        )
+
+    def discard(self) -> None:
+        """Give the memory back."""
+        self.memory.release()
+
+
+class Launcher:
+    """Starts one VM. `state` is its durable folder on this host."""
+
+    def __init__(self, description: Description, folder: RuntimeFolder, state: Path) -> None:
+        self.description, self.folder = description, folder
+        self._state = state
+        self._disk = Disk()
+        self.measurements = measure(description)
+
+    def find(self) -> Qemu | None:
+        """The QEMU of an earlier supervisor, if it still runs."""
+        return Qemu.find(self.folder)
+
+    def salvage(self, repository: Repository, progress: Progress) -> Captured | None:
+        """Blocking: capture what a dead QEMU left in memory, then give that back. Raises what capture raises."""
+        done = None
+        for name in _MEMORY_FOLDERS:
+            folder = self.folder.path / name
+            if not Memory.exists(folder):
+                continue
+            if (folder / _TABLE).exists():
+                done = self._capture_left(repository, folder, progress)
+            self._release(folder)
+        return done
+
+    def drop_left_memory(self) -> None:
+        """Blocking: give back what a dead QEMU left, without a look at it."""
+        for name in _MEMORY_FOLDERS:
+            if Memory.exists(self.folder.path / name):
+                self._release(self.folder.path / name)
+
+    def prepare(self, repository: Repository, generation: Generation | None, progress: Progress) -> Prepared:
+        """Blocking: new backing files with the content of a generation, verified; empty ones for None.
+
+        Restoring any but the latest generation adds one to history that equals it, so that the latest is always
+        what the VM goes on from. Raises ConflictError, IntegrityError, StorageError: nothing is left then.
+        """
+        self.folder.create()
+        problems = compare(self.description, self.measurements, generation)
+        memory = Memory.prepare(self.description.name, self._free_folder(), self.description.backing_sizes)
+        try:
+            restored, parent = None, generation
+            if generation is not None:
+                files = {name: file.path for name, file in memory.files.items() if name != RAM}
+                restored = restore_regions(repository, generation, files, progress)
+                latest = repository.latest(self.description.name)
+                if latest is not None and latest.id != generation.id:
+                    parent = _again(repository, generation)
+            return Prepared(memory, parent, restored, (*memory.warnings, *problems))
+        except BaseException:
+            with suppress(PerdureError):
+                memory.release()
+            raise
+
+    async def launch(self, prepared: Prepared, elsewhere: Elsewhere) -> Machine:
+        """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin.
+
+        Raises VirtualMachineError and others; the memory is given back then and no QEMU is left.
+        """
+        try:
+            platform, reason = await elsewhere(self._platform)
+            argv = command_line(self.description, platform, self.folder, prepared.memory.files)
+            facts = _Facts(platform, prepared.memory.folder.name, reason)
+            qemu = await elsewhere(lambda: Qemu.launch(self.folder, argv, self._disk, _encode(facts)))
+        except BaseException:
+            await elsewhere(prepared.discard)
+            raise
+        monitor: Monitor | None = None
+        try:
+            monitor = await Monitor.connect(qemu)
+            tags = prepared.parent.metadata.get("tags", []) if prepared.parent is not None else []
+            addresses = await monitor.address_map(int(self.description.memory))
+            table = RegionTable.from_tags(
+                prepared.memory.folder / _TABLE, self.description.name, self._devices(addresses), tags
+            )
+            machine = await self._attach(qemu, monitor, addresses, table, facts, prepared, elsewhere)
+            await elsewhere(lambda: _verify_empty(prepared.memory, table))
+            await self.before_boot(machine)
+            await monitor.cont()
+            return machine
+        except BaseException:
+            if monitor is not None:
+                await monitor.disconnect()
+            qemu.kill()
+            qemu.close()
+            await elsewhere(prepared.discard)
+            raise
+
+    async def adopt(self, qemu: Qemu, repository: Repository, elsewhere: Elsewhere) -> Machine:
+        """Take over a QEMU that an earlier supervisor started. Raises VirtualMachineError; QEMU is left as it is."""
+        facts = _decode(qemu)
+        memory = Memory.existing(self.description.name, self.folder.path / facts.memory, self.description.backing_sizes)
+        monitor = await Monitor.connect(qemu)
+        try:
+            await hold.hold_on_reset(monitor)
+            addresses = await monitor.address_map(int(self.description.memory))
+            table = RegionTable.load(memory.folder / _TABLE, self.description.name, self._devices(addresses))
+            for name in _MEMORY_FOLDERS:  # of a rollback that was cut short
+                if name != facts.memory and Memory.exists(self.folder.path / name):
+                    self._release(self.folder.path / name)
+            parent = await elsewhere(lambda: self._parent(repository))
+            found = Prepared(memory, parent, None, memory.warnings)
+            return await self._attach(qemu, monitor, addresses, table, facts, found, elsewhere)
+        except BaseException:
+            await monitor.disconnect()
+            raise
+
+    async def before_boot(self, machine: Machine) -> None:
+        """Run the user's hook: memory is in place, the guest's first instruction is not yet run."""
+        command = self.description.hooks.before_boot
+        if not command:
+            return
+        environment = {
+            **os.environ,
+            "PERDURE_VM": self.description.name,
+            "PERDURE_QEMU_PID": str(machine.pid),
+            "PERDURE_MEMORY": str(machine.memory.folder),
+            "PERDURE_RUNTIME": str(self.folder.path),
+        }
+        try:
+            done = await asyncio.to_thread(
+                subprocess.run, command, env=environment, stdin=subprocess.DEVNULL, timeout=_HOOK_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise VirtualMachineError(f"VM {self.description.name}: hook before_boot {command[0]}: {error}") from error
+        if done.returncode:
+            raise VirtualMachineError(
+                f"VM {self.description.name}: hook before_boot {command[0]} failed with {done.returncode}"
+            )
+
+    def note_parent(self, generation: Generation | None) -> None:
+        """Remember over a restart of the supervisor which generation the memory descends from."""
+        content = b"" if generation is None else generation.id.encode()
+        replace_file(self._disk, self.folder.path / _PARENT, content)
+
+    async def _attach(
+        self,
+        qemu: Qemu,
+        monitor: Monitor,
+        addresses: AddressMap,
+        table: RegionTable,
+        facts: _Facts,
+        prepared: Prepared,
+        elsewhere: Elsewhere,
+    ) -> Machine:
+        """Trackers and journal; the guest has not run yet if something was prepared for it."""
+        status = await monitor.query_status()
+        launched = status == "prelaunch"
+        journal = Journal(self.folder.path / "journal.json", qemu.record.identity, self._disk)
+        listed = [
+            each["type"]
+            for path in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
+            for each in await monitor.execute("qom-list", path=path)
+        ]
+        nodes = await monitor.execute("query-named-block-nodes", flat=True)
+        networks = await monitor.human("info network")
+        files = {region.name: prepared.memory.files[region.name].path for region in self.description.regions}
+        restored = prepared.parent.id if launched and prepared.parent is not None else None
+        tracking = await elsewhere(
+            lambda: start_tracking(
+                self.description.name,
+                qemu.record.identity,
+                files,
+                probe_facts(qemu.pid, devices=listed, block_nodes=nodes, networks=networks),
+                journal,
+                wanted=self.description.policy.tracker,
+                running=status == "running",
+                restored=restored,
+            )
+        )
+        self.note_parent(prepared.parent)
+        return Machine(
+            description=self.description,
+            platform=facts.platform,
+            qemu=qemu,
+            monitor=monitor,
+            memory=prepared.memory,
+            table=table,
+            holds=monitor.events("SHUTDOWN").__enter__(),
+            addresses=addresses,
+            journal=journal,
+            tracking=tracking,
+            parent=prepared.parent,
+            restored=prepared.restored.generation.number if prepared.restored else None,
+            warnings=prepared.warnings,
+            accelerator_reason=facts.accelerator_reason,
+            measurements=self.measurements,
+            note_parent=self.note_parent,
+        )
+
+    def _devices(self, addresses: AddressMap) -> list[Device]:
+        """The NVDIMMs where QEMU has put them."""
+        return [
+            Device(region.name, addresses.address_of(region.name, 0), int(region.size), region.mode)
+            for region in self.description.regions
+        ]
+
+    def _platform(self) -> tuple[Platform, str]:
+        description = self.description
+        binary = processes.find_binary(description.name, description.qemu)
+        chosen = accelerator.choose(description, binary, self._state / "accelerator.json")
+        firm = firmware.find(description.name, description.firmware)
+        platform = Platform(
+            binary=binary,
+            version=processes.version(description.name, binary),
+            machine=processes.resolve_machine(description.name, binary, description.machine),
+            accelerator=chosen.kind,
+            cpu=description.cpu or chosen.cpu,
+            firmware=firm,
+            variables=firmware.variables(description.name, firm, self._state, self._disk),
+            uuid=str(uuid.uuid5(uuid.NAMESPACE_URL, f"perdure:{self._state}")),
+        )
+        return platform, chosen.reason
+
+    def _capture_left(self, repository: Repository, folder: Path, progress: Progress) -> Captured:
+        """What a dead QEMU left: nobody writes it any more, and what was dirty is not known."""
+        memory = Memory.existing(self.description.name, folder, self.description.backing_sizes)
+        table = RegionTable.load(folder / _TABLE, self.description.name)
+        regions = [
+            CapturedRegion(
+                region.name,
+                "pmem",
+                memory.files[region.name].path,
+                int(region.size),
+                table.kept(region.name),
+                ScanTracker(),
+            )
+            for region in self.description.regions
+        ]
+        journal = Journal(self.folder.path / "journal.json", Identity(0, 0, ""), self._disk)
+        return capture(
+            repository,
+            self.description.name,
+            regions,
+            journal,
+            None,
+            cause="crash",
+            parent=self._parent(repository),
+            metadata={"tags": table.to_tags(), "measurements": self.measurements},
+            progress=progress,
+        )
+
+    def _parent(self, repository: Repository) -> Generation | None:
+        try:
+            noted = (self.folder.path / _PARENT).read_text()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError.from_os(error, str(self.folder.path / _PARENT), "read") from error
+        if not noted:
+            return None
+        try:
+            return repository.resolve(noted)
+        except NotFoundError:  # forgotten meanwhile
+            return None
+
+    def _free_folder(self) -> Path:
+        for name in _MEMORY_FOLDERS:
+            if not Memory.exists(self.folder.path / name):
+                return self.folder.path / name
+        raise ConflictError(f"VM {self.description.name}: memory of earlier runs is in {self.folder.path}")
+
+    def _release(self, folder: Path) -> None:
+        Memory(self.description.name, folder, {}).release()
+
+
+def _again(repository: Repository, generation: Generation) -> Generation:
+    """A generation that equals an older one and follows it: history goes on from there."""
+    with repository.writer(generation.vm, generation) as writer:
+        for region in generation.regions.values():
+            writer.region(
+                region.name,
+                region.kind,
+                region.root.length,
+                chunk_size=region.root.chunk_size,
+                kept_bytes=region.kept_bytes,
+            )
+        return writer.commit("rollback", metadata=generation.metadata)
+
+
+def _verify_empty(memory: Memory, table: RegionTable) -> None:
+    """Nothing is in new memory but what is kept."""
+    for name, file in memory.files.items():
+        if name == RAM:
+            continue
+        descriptor = file.open()
+        try:
+            verify_scrubbed(descriptor, str(file.path), table.scrubbable(name))
+        finally:
+            os.close(descriptor)
+
+
+def _encode(facts: _Facts) -> dict[str, str]:
+    return {"launch": msgspec.json.encode(facts, enc_hook=str).decode()}
+
+
+def _decode(qemu: Qemu) -> _Facts:
+    def path(kind: type, value: Any) -> Any:
+        return kind(value)
+
+    try:
+        return msgspec.json.decode(qemu.record.facts["launch"], type=_Facts, dec_hook=path)
+    except (KeyError, msgspec.DecodeError) as error:
+        raise VirtualMachineError(
+            f"VM {qemu.vm} runs (process {qemu.pid}), but its record is missing or of another version: "
+            f"end that process before starting the VM again"
+        ) from error

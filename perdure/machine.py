@@ -1,0 +1,216 @@
+"""One QEMU process under supervision: monitor, memory, region table, trackers, journal, guest channel.
+
+Made by perdure.launcher. Coroutines belong to the supervisor's loop; what blocks is sent to the repository's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from base import extents as ranges
+from base.errors import PerdureError, VirtualMachineError
+from base.units import PAGE
+from capture.generation import Captured, CapturedRegion
+from capture.journal import Journal
+from capture.tracking import Tracking
+from restore.scrub import scrub
+from store.records import Generation
+from vm import hold
+from vm.addresses import AddressMap
+from vm.channel import GuestChannel, GuestHandler
+from vm.command_line import Platform
+from vm.config import RAM, Description
+from vm.memory import Memory
+from vm.monitor import Events, Monitor
+from vm.qemu import Qemu
+from vm.regions import RegionTable
+
+_QUIT_SECONDS = 10
+
+
+@dataclass(slots=True)
+class Machine:
+    """A VM that runs, or is held. `parent`: the generation that its memory descends from; `restored`: its number if
+    this process was launched with it."""
+
+    description: Description
+    platform: Platform
+    qemu: Qemu
+    monitor: Monitor
+    memory: Memory
+    table: RegionTable
+    holds: Events
+    addresses: AddressMap
+    journal: Journal
+    tracking: Tracking
+    parent: Generation | None
+    restored: int | None
+    warnings: tuple[str, ...]
+    accelerator_reason: str
+    measurements: dict[str, str]
+    channel: GuestChannel | None = None
+    note_parent: Callable[[Generation | None], None] = lambda _: None
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        """Of QEMU."""
+        return self.qemu.pid
+
+    def open_channel(self, handler: GuestHandler, say: Callable[[str], None]) -> None:
+        """Serve the guest from now on."""
+        self.channel = GuestChannel(self.description.name, self.qemu.folder.agent, handler, say)
+        if self.restored is not None:
+            self.channel.resumed(self.restored)
+        self._tasks.append(asyncio.create_task(self.channel.run()))
+
+    async def stop(self) -> None:
+        """Pause the guest."""
+        await self.monitor.stop()
+
+    async def cont(self) -> None:
+        """Let it go on."""
+        await self.monitor.cont()
+
+    async def next_hold(self) -> hold.Hold | None:
+        """Wait until the guest stops itself; None when QEMU has ended. Raises VirtualMachineError if it hangs."""
+        try:
+            while True:
+                found = hold.classify(await self.holds.next())
+                # What was acted on while it was waiting here (at a take-over) is not there any more.
+                if found.cause is not hold.Cause.TERMINATION and await self.monitor.query_status() == "shutdown":
+                    return found
+        except VirtualMachineError:
+            if await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
+                return None
+            raise
+
+    async def pending_hold(self) -> hold.Hold | None:
+        """The hold that began while nobody supervised."""
+        try:
+            events = self.qemu.folder.journal_output.read_bytes()
+        except OSError:
+            events = b""
+        return hold.pending(await self.monitor.query_status(), events)
+
+    async def go_on_after_hold(self) -> None:
+        """Reset, and let the guest boot."""
+        if self.channel is not None:
+            self.channel.reset()
+        await hold.resume_after_hold(self.monitor, self.platform.firmware.kind)
+
+    def scrub(self) -> int:
+        """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something."""
+        total = 0
+        for name, file in self.memory.files.items():
+            if name == RAM:
+                what = hold.scrubbable_ram(self.platform.firmware.kind, self.addresses)
+            else:
+                what = self.table.scrubbable(name)
+            descriptor = file.open()
+            try:
+                total += scrub(descriptor, str(file.path), what)
+            finally:
+                os.close(descriptor)
+        return total
+
+    def captured_regions(self) -> list[CapturedRegion]:
+        """The regions as they are to be captured now."""
+        regions = self.table.regions
+        return [
+            CapturedRegion(
+                region.name,
+                "pmem",
+                self.memory.files[region.name].path,
+                int(region.size),
+                regions.kept(region.name),
+                self.tracking.trackers[region.name],
+            )
+            for region in self.description.regions
+        ]
+
+    def metadata(self) -> dict[str, Any]:
+        """What a generation records of the VM."""
+        platform = self.platform
+        return {
+            "tags": self.table.to_tags(),
+            "machine": {
+                "qemu": platform.version,
+                "machine": platform.machine,
+                "cpu": platform.cpu,
+                "accelerator": platform.accelerator,
+                "firmware": platform.firmware.kind,
+                "memory_bytes": int(self.description.memory),
+                "cpus": self.description.cpus,
+            },
+            "measurements": self.measurements,
+            "tracker": self.tracking.choice.kind,
+        }
+
+    def committed(self, done: Captured) -> None:
+        """A generation was made of this VM: it is what the next one follows."""
+        self.parent = done.generation
+        self.note_parent(done.generation)
+        self.table.changed(done.dirty, done.generation.number)
+
+    def status(self) -> dict[str, Any]:
+        """Facts for `perdure status`; asks QEMU nothing."""
+        choice = self.tracking.choice
+        regions = self.table.regions
+        return {
+            "pid": self.pid,
+            "generation": None if self.parent is None else self.parent.name,
+            "restored": self.restored,
+            "accelerator": f"{self.platform.accelerator} ({self.accelerator_reason})",
+            "tracker": f"{choice.kind} ({choice.reason})",
+            "warnings": list(self.warnings),
+            "regions": {
+                device.name: {
+                    "address": device.address,
+                    "size": device.size,
+                    "mode": device.mode,
+                    "kept_bytes": ranges.total(regions.kept(device.name)),
+                    "tags": sum(tag.device == device.name for tag in regions.tags),
+                    "tracker": self.tracking.trackers[device.name].kind,
+                    "reason": choice.reason,
+                }
+                for device in regions.devices
+            },
+            "console": str(self.qemu.folder.console),
+            "pages": {name: file.size // PAGE for name, file in self.memory.files.items()},
+        }
+
+    async def quit(self) -> None:
+        """End QEMU and give back its memory."""
+        await self._stop_tasks()
+        with suppress(PerdureError):
+            await self.monitor.execute("quit", timeout_s=_QUIT_SECONDS)
+        self.holds.__exit__(None, None, None)
+        await self.monitor.disconnect()
+        self.tracking.close()
+        if not await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
+            await asyncio.to_thread(self.qemu.kill)
+        self.qemu.close()
+        await asyncio.to_thread(self.memory.release)
+
+    async def disconnect(self) -> None:
+        """Leave QEMU as it is, for the next supervisor."""
+        await self._stop_tasks()
+        await self.monitor.disconnect()
+        self.tracking.close()
+        self.qemu.close()
+
+    def last_words(self) -> str:
+        """How QEMU ended, by its own log."""
+        return self.qemu.end()
+
+    async def _stop_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()

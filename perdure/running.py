@@ -1,0 +1,109 @@
+"""`perdure run`: everything before and after the supervisor's event loop.
+
+Worker processes are forked first, before LMDB is opened and before there are threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from base.errors import RepositoryMissingError, UsageError
+from perdure import places
+from perdure.launcher import Launcher
+from perdure.opening import opened
+from perdure.output import Output
+from perdure.supervisor import Ended, Supervisor
+from store.records import Generation
+from store.repository import Repository
+from vm.config import Description, load
+from vm.folder import RuntimeFolder
+
+
+def run_vm(options: Namespace, output: Output) -> int:
+    """Launch or take over, supervise to the end; gives the exit code."""
+    description = load(Path(options.file))
+    if options.point and options.without_restore:
+        raise UsageError("--from and --without-restore exclude each other")
+    path = _repository(options.repository, description)
+    folder = RuntimeFolder(description.name, places.vm_runtime(description.name))
+    launcher = Launcher(description, folder, places.vm_state(description.name))
+    folder.create()
+    say = _sayer(output)
+    with opened(path, workers=True, progress=output.progress()) as repository:
+        generation = None
+        qemu = launcher.find()
+        if qemu is not None:
+            qemu.close()
+            if options.point or options.without_restore:
+                raise UsageError(
+                    f"VM {description.name} runs already: --from and --without-restore are for a launch "
+                    f"(to go back in time, use perdure rollback)"
+                )
+        else:
+            generation = _to_restore(options, launcher, repository, say, output)
+        ended = asyncio.run(_supervise(launcher, repository, generation, say, output))
+    output.result(
+        {"vm": description.name, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
+        lambda: [f"{description.name}: {ended.reason}"],
+    )
+    return 130 if ended.interrupted else 1 if ended.failed else 0
+
+
+async def _supervise(
+    launcher: Launcher,
+    repository: Repository,
+    generation: Generation | None,
+    say: Callable[[str], None],
+    output: Output,
+) -> Ended:
+    return await Supervisor(launcher, repository, say, output.progress()).run(generation)
+
+
+def _to_restore(
+    options: Namespace, launcher: Launcher, repository: Repository, say: Callable[[str], None], output: Output
+) -> Generation | None:
+    """What a launch begins with. Memory that a dead QEMU left is captured first, or dropped if the user says so."""
+    name = launcher.description.name
+    if options.discard:
+        launcher.drop_left_memory()
+    else:
+        saved = launcher.salvage(repository, output.progress())
+        if saved is not None:
+            say(f"{name} had ended without a capture: its memory is {saved.generation.name} now")
+    if options.without_restore:
+        return None
+    if options.point:
+        generation = repository.resolve(options.point)
+        if generation.vm != name:
+            raise UsageError(
+                f"{options.point} is a generation of VM {generation.vm}, and {options.file} describes {name}"
+            )
+        return generation
+    return repository.latest(name)
+
+
+def _repository(given: str | None, description: Description) -> Path:
+    """-r, then the description, then PERDURE_REPOSITORY."""
+    path = given or description.repository or os.environ.get("PERDURE_REPOSITORY")
+    if not path:
+        raise RepositoryMissingError(
+            f"no repository was named for VM {description.name}: use -r, `repository` in its description, "
+            "or PERDURE_REPOSITORY"
+        )
+    return Path(path).absolute()
+
+
+def _sayer(output: Output) -> Callable[[str], None]:
+    """Events of the VM, one line each: standard output belongs to the document with --json."""
+    stream = sys.stderr if output.json else sys.stdout
+
+    def say(line: str) -> None:
+        if not output.quiet:
+            print(line, file=stream, flush=True)
+
+    return say

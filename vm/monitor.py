@@ -1,0 +1,205 @@
+"""The QMP session with one QEMU process: commands, events, their time limits.
+
+A thin layer over qemu.qmp that names VM and command in every error, bounds every wait in time, and notices at once
+when the session is lost. Everything here belongs to one event loop. QEMU serves one client of its monitor socket
+at a time: a second one waits for the greeting in vain, and is told so.
+
+Source: QEMU, docs/interop/qmp-spec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import Runstate as Session
+
+from base.errors import VirtualMachineError
+from vm import addresses
+from vm.addresses import AddressMap
+from vm.qemu import Qemu
+
+CONNECT_SECONDS = 20
+COMMAND_SECONDS = 30
+_RETRY_SECONDS = 0.01
+_CLOSE_SECONDS = 2
+
+_Result = TypeVar("_Result")
+
+
+class DeadlineError(VirtualMachineError):
+    """What was waited for did not come in time; QEMU may be busy, or hang."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that QEMU reported. `time_s` is seconds since the epoch, by the host's clock."""
+
+    name: str
+    data: Mapping[str, Any]
+    time_s: float
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Event:
+        """From QMP's JSON object."""
+        stamp = message["timestamp"]
+        return cls(message["event"], message.get("data", {}), stamp["seconds"] + stamp["microseconds"] / 1e6)
+
+
+class Events:
+    """Events of some names from the moment it was made, in order; a context manager. Made by `Monitor.events`."""
+
+    def __init__(self, monitor: Monitor, client: QMPClient, names: tuple[str, ...]) -> None:
+        self._monitor, self._client = monitor, client
+        self._listener = EventListener(names or None)
+
+    async def next(self, timeout_s: float | None = None, **data: Any) -> Event:
+        """The next event whose data has the given values; others are passed over. None waits without end.
+
+        Raises VirtualMachineError if the session is lost or the time is over.
+        """
+        return await self._monitor.bounded(self._matching(data), timeout_s, "an event")
+
+    async def _matching(self, data: Mapping[str, Any]) -> Event:
+        while True:
+            event = Event.of(await self._listener.get())
+            if data.items() <= event.data.items():
+                return event
+
+    def __enter__(self) -> Events:
+        self._client.register_listener(self._listener)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(ValueError):  # a lost session may have dropped it
+            self._client.remove_listener(self._listener)
+
+
+class Monitor:
+    """A session; made by `connect`."""
+
+    def __init__(self, qemu: Qemu, client: QMPClient) -> None:
+        self.vm = qemu.vm
+        self._qemu, self._client = qemu, client
+        self._lost = asyncio.Event()
+        self._watcher = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def connect(cls, qemu: Qemu, timeout_s: float = CONNECT_SECONDS) -> Monitor:
+        """Retry until it answers. Raises VirtualMachineError, with QEMU's own words if it has ended."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        connected = False
+        while True:
+            client = QMPClient(qemu.vm)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await client.connect(str(qemu.folder.monitor))
+                return cls(qemu, client)
+            except ConnectError as error:
+                connected = not isinstance(error.exc, OSError)
+            except TimeoutError:
+                connected = True
+            if not qemu.alive():
+                raise VirtualMachineError(f"VM {qemu.vm}: {qemu.end()}")
+            if asyncio.get_running_loop().time() + _RETRY_SECONDS >= deadline:
+                problem = "its monitor does not answer: another program is connected to it, or QEMU hangs"
+                if not connected:
+                    problem = f"QEMU did not make its monitor socket: {qemu.last_lines()}"
+                raise VirtualMachineError(f"VM {qemu.vm}: after {timeout_s:g} s {problem}")
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def execute(self, command: str, /, *, timeout_s: float = COMMAND_SECONDS, **arguments: Any) -> Any:
+        """Run a QMP command and give its result. Raises VirtualMachineError naming VM and command."""
+        try:
+            waiting = self._client.execute(command, arguments or None)
+            return await self.bounded(waiting, timeout_s, f"the answer to `{command}`")
+        except ExecuteError as error:
+            raise VirtualMachineError(f"VM {self.vm}: QEMU refused `{command}`: {error.error.error.desc}") from error
+        except (ExecInterruptedError, QMPError, EOFError, OSError) as error:
+            raise await self._ended(f"the answer to `{command}`") from error
+
+    async def human(self, line: str) -> str:
+        """The text that a command of the human monitor prints. Raises VirtualMachineError."""
+        arguments: dict[str, Any] = {"command-line": line}
+        return str(await self.execute("human-monitor-command", **arguments))
+
+    def events(self, *names: str) -> Events:
+        """Listen for events of these names, or all; from the moment that it is entered, nothing is missed."""
+        return Events(self, self._client, names)
+
+    async def wait_event(self, name: str, timeout_s: float, **data: Any) -> Event:
+        """The next event of that name with the given data. For what a command of ours causes, listen before it."""
+        with self.events(name) as events:
+            return await events.next(timeout_s, **data)
+
+    async def stop(self) -> None:
+        """Pause the guest; its disk I/O is complete afterwards."""
+        await self.execute("stop")
+
+    async def cont(self) -> None:
+        """Let the guest run."""
+        await self.execute("cont")
+
+    async def query_status(self) -> str:
+        """QEMU's run state, as `running`, `paused`, `prelaunch`, `shutdown`."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def address_map(self, ram_size: int) -> AddressMap:
+        """Where the regions and `ram_size` bytes of main memory are in guest-physical memory now."""
+        devices = await self.execute("query-memory-devices")
+        return addresses.address_map(self.vm, devices, await self.human("info mtree -f"), ram_size)
+
+    async def wait_lost(self) -> None:
+        """Return when the session has ended, from whichever side."""
+        await self._lost.wait()
+
+    async def disconnect(self) -> None:
+        """End the session; QEMU goes on. Never raises: what is gone is disconnected."""
+        self._watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watcher
+        self._lost.set()
+        with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._client.disconnect()
+
+    async def bounded(self, waiting: Awaitable[_Result], timeout_s: float | None, what: str) -> _Result:
+        """Await something of this session, until the time is over or the session is lost."""
+        task = asyncio.ensure_future(waiting)
+        lost = asyncio.ensure_future(self._lost.wait())
+        try:
+            await asyncio.wait((task, lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if self._lost.is_set():
+                raise await self._ended(what)
+            raise DeadlineError(f"VM {self.vm}: QEMU did not give {what} within {timeout_s:g} s")
+        finally:
+            for each in (task, lost):
+                each.cancel()
+            await asyncio.gather(task, lost, return_exceptions=True)
+
+    async def _ended(self, what: str) -> VirtualMachineError:
+        if await asyncio.to_thread(self._qemu.wait, _CLOSE_SECONDS):  # the socket closes before the process is gone
+            return VirtualMachineError(f"VM {self.vm}: {self._qemu.end()} (while waiting for {what})")
+        return VirtualMachineError(f"VM {self.vm}: the connection to QEMU's monitor ended while waiting for {what}")
+
+    async def _watch(self) -> None:
+        while self._client.runstate == Session.RUNNING:
+            await self._client.runstate_changed()
+        self._lost.set()
+
+    async def __aenter__(self) -> Monitor:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.disconnect()
