@@ -77,7 +77,10 @@ class WorkerPool:
             raise self._death(worker) from None
 
     def receive(self) -> list[tuple[int, Any]]:
-        """Wait until some workers have answered: [(worker, answer)]. Raises WorkerError, or the worker's PerdureError."""
+        """Wait until some workers have answered: [(worker, answer)].
+
+        Raises WorkerError, or the PerdureError that a worker answered with.
+        """
         answers: list[tuple[int, Any]] = []
         for pipe in connection.wait(self.pipes):
             worker = self.pipes.index(pipe)  # type: ignore[arg-type]  # wait gives back what it was given
@@ -94,8 +97,14 @@ class WorkerPool:
             raise answer
         return answer
 
+    def kill(self) -> None:
+        """End the workers at once, wherever they are; the pool then only reports them dead."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
     def close(self) -> None:
-        """End the workers."""
+        """End the workers when they have done what they were told."""
         for pipe in self.pipes:
             pipe.close()
         for process in self._processes:

@@ -160,7 +160,10 @@ def _store_while_running(sources: Sequence[_Source], writer: GenerationWriter, p
 
 
 def _pause(sources: Sequence[_Source], writer: GenerationWriter, execution: Execution, stack: ExitStack) -> float:
-    """Stop, collect, copy what is dirty (or store it at once), continue; then store the copies. Milliseconds stopped."""
+    """Stop, collect, copy what is dirty (or store it at once), continue; then store the copies.
+
+    Gives how long the guest was stopped, in milliseconds.
+    """
     copies: list[tuple[_Source, int]] = []
     began = time.monotonic()
     execution.stop()

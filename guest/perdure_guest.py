@@ -402,7 +402,7 @@ class LineReader:
         if complete and self._skipping:
             complete[0] = b""
             self._skipping = False
-        if len(rest) >= self._limit:
+        if self._skipping or len(rest) >= self._limit:
             self._skipping, rest = True, b""
         self._rest = rest
         return [b"" if len(line) >= self._limit else line for line in complete]

@@ -134,7 +134,7 @@ def _vm_verbs(verb: _Verb) -> None:
 
 
 def _regions_verbs(regions: argparse.ArgumentParser) -> None:
-    """`regions VM`, `regions mark VM ADDRESS SIZE`, `regions unmark VM ADDRESS SIZE`: one parser, told apart by count."""
+    """`regions VM`, `regions mark VM ADDRESS SIZE`, `regions unmark VM ADDRESS SIZE`: told apart by count."""
     regions.set_defaults(command="vm_commands:regions")
     regions.usage = (
         "perdure regions [options] VM\n"

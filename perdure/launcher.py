@@ -14,7 +14,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,8 +27,8 @@ from base.units import format_size
 from capture.choice import probe_facts
 from capture.generation import Captured, CapturedRegion, capture
 from capture.journal import Journal
-from capture.tracking import start_tracking
 from capture.trackers import ScanTracker
+from capture.tracking import start_tracking
 from perdure.machine import Machine
 from perdure.measurements import compare, measure
 from restore.eager import Restored, restore_regions
@@ -130,25 +130,29 @@ class Launcher:
     def prepare(self, repository: Repository, generation: Generation | None, progress: Progress) -> Prepared:
         """Blocking: new backing files with the content of a generation, verified; empty ones for None.
 
-        Restoring any but the latest generation adds one to history that equals it, so that the latest is always
-        what the VM goes on from. Raises ConflictError, IntegrityError, StorageError: nothing is left then.
+        Raises ConflictError, IntegrityError, StorageError: nothing is left then.
         """
         self.folder.create()
         problems = compare(self.description, self.measurements, generation)
         memory = Memory.prepare(self.description.name, self._free_folder(), self.description.backing_sizes)
         try:
-            restored, parent = None, generation
+            restored = None
             if generation is not None:
                 files = {name: file.path for name, file in memory.files.items() if name != RAM}
                 restored = restore_regions(repository, generation, files, progress)
-                latest = repository.latest(self.description.name)
-                if latest is not None and latest.id != generation.id:
-                    parent = _again(repository, generation)
-            return Prepared(memory, parent, restored, (*memory.warnings, *problems))
+            return Prepared(memory, generation, restored, (*memory.warnings, *problems))
         except BaseException:
             with suppress(PerdureError):
                 memory.release()
             raise
+
+    def go_on_from(self, repository: Repository, prepared: Prepared) -> Prepared:
+        """Blocking: where an older generation was prepared, add one to history that equals it and follows it, so that
+        the latest is always what the VM goes on from, also after a power loss. Raises StorageError."""
+        latest = repository.latest(self.description.name)
+        if prepared.parent is None or latest is None or latest.id == prepared.parent.id:
+            return prepared
+        return replace(prepared, parent=_again(repository, prepared.parent))
 
     async def launch(self, prepared: Prepared, elsewhere: Elsewhere) -> Machine:
         """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin.

@@ -97,10 +97,15 @@ def export(options: Namespace) -> None:
                 sys.stdout.buffer.flush()
                 return
             written = _export_file(reader, region, Path(options.file), options.force, output)
-    output.result(
-        {**documents.point(generation), "region": region.name, "file": options.file, "bytes": region.root.length, "written_bytes": written},
-        lambda: [f"{generation.name} {region.name}: {format_size(written)} of {format_size(region.root.length)} written to {options.file}"],
-    )  # fmt: skip
+    document = {
+        **documents.point(generation),
+        "region": region.name,
+        "file": options.file,
+        "bytes": region.root.length,
+        "written_bytes": written,
+    }
+    text = f"{generation.name} {region.name}: {format_size(written)} of {format_size(region.root.length)} written"
+    output.result(document, lambda: [f"{text} to {options.file}"])
 
 
 def log(options: Namespace) -> None:

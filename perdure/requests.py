@@ -100,10 +100,10 @@ class Requests:
         return documents.made(done.generation, done.seconds)
 
     async def _rollback(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        generation, captured = await self._supervisor.roll_back(
+        generation, head, captured = await self._supervisor.roll_back(
             str(arguments["point"]), discard=bool(arguments.get("discard")), progress=progress
         )
-        return {**documents.point(generation), "captured": _number(captured)}
+        return {**documents.point(generation), "goes_on_as": head.number, "captured": _number(captured)}
 
     async def _regions(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del arguments, progress

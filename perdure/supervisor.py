@@ -31,6 +31,9 @@ from store.repository import Repository
 from vm.hold import Cause, Hold
 from vm.qemu import Qemu
 
+_TIDY_SECONDS = 0.2
+"""Merging of the index after each capture, beside whatever the guest does."""
+
 T = TypeVar("T")
 """Result of work that is sent to the repository's thread."""
 
@@ -62,6 +65,7 @@ class Supervisor:
         self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._machine: Machine | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._tidying: asyncio.Task[None] | None = None
         self._requests = Requests(self)
 
     @property
@@ -133,11 +137,13 @@ class Supervisor:
             await machine.stop()
             return await self._go_through_reboot(machine)
 
-    async def roll_back(self, point: str, *, discard: bool, progress: Progress) -> tuple[Generation, Captured | None]:
+    async def roll_back(
+        self, point: str, *, discard: bool, progress: Progress
+    ) -> tuple[Generation, Generation, Captured | None]:
         """Boot a fresh QEMU with the persistent memory of a generation.
 
         The new memory is restored and verified beside the old before the old QEMU is ended: until then, any error
-        leaves the guest as it was.
+        leaves the guest as it was. Gives that generation, the one that history goes on from, and the capture.
         """
         async with self._operation:
             machine = self.machine
@@ -145,16 +151,17 @@ class Supervisor:
             prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, progress))
             try:
                 await machine.stop()
-                captured = None if discard else await self._capture(machine, "rollback", None)
+                captured = None if discard else await self._capture(machine, "before rollback", None)
+                head = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
             except BaseException:
                 await self.in_store(prepared.discard)
                 await machine.cont()
                 raise
             self.state = "rolling back"
             await self._quit(machine)
-            self._follow(await self.launcher.launch(prepared, self.in_store))
+            self._follow(await self.launcher.launch(head, self.in_store))
             self.say(f"rolled back to {generation.name}: {prepared.summary}")
-            return generation, captured
+            return generation, head.parent or generation, captured
 
     def interrupt_reason(self) -> str:
         """What a user is told who leaves a running VM."""
@@ -162,6 +169,7 @@ class Supervisor:
 
     async def _launch(self, generation: Generation | None) -> None:
         prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, self._progress))
+        prepared = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
         machine = await self.launcher.launch(prepared, self.in_store)
         self._follow(machine)
         self.say(f"{self.vm} started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}")
@@ -226,7 +234,9 @@ class Supervisor:
     async def _go_through_reboot(self, machine: Machine) -> Captured | None:
         """A held VM: capture, scrub, verify, the user's hook, reset. What is tagged stays where it is."""
         self.state = "held"
-        done = await self._try_capture(machine, "reboot") if self.launcher.description.policy.capture_on_reboot else None
+        done = (
+            await self._try_capture(machine, "reboot") if self.launcher.description.policy.capture_on_reboot else None
+        )
         scrubbed = await self.in_store(machine.scrub)
         await self.launcher.before_boot(machine)
         await machine.go_on_after_hold()
@@ -271,6 +281,7 @@ class Supervisor:
 
         done = await self.in_store(work)
         machine.committed(done)
+        self._tidying = asyncio.create_task(self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS)))
         self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
         return done
 
@@ -300,7 +311,11 @@ class Supervisor:
 
     async def _leave(self, number: signal.Signals) -> None:
         """Ctrl-C and SIGTERM: capture if the policy says so, and leave the guest running."""
-        if self._machine is not None and number is signal.SIGTERM and self.launcher.description.policy.capture_on_terminate:
+        if (
+            self._machine is not None
+            and number is signal.SIGTERM
+            and self.launcher.description.policy.capture_on_terminate
+        ):
             try:
                 await self.snapshot("terminate")
             except PerdureError as error:

@@ -70,7 +70,11 @@ def rollback(options: Namespace) -> None:
         raise UsageError(f"{options.point!r}: write VM@N, so that it is clear which VM is rolled back")
     done = _call(vm, "rollback", {"point": options.point, "discard": options.discard}, output)
     output.result(
-        done, lambda: [f"{vm} boots with the persistent memory of {vm}@{done['generation']}; {_kept_as(done)}"]
+        done,
+        lambda: [
+            f"{vm} boots with the persistent memory of {vm}@{done['generation']}, and goes on as "
+            f"{vm}@{done['goes_on_as']}; {_kept_as(done)}"
+        ],
     )
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from base import extents as ranges
 from base.errors import ConflictError, StorageError
 from base.progress import Progress, silent
-from store.records import Generation
 from store.reader import GenerationReader
+from store.records import Generation
 from store.repository import Repository
 
 

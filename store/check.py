@@ -212,13 +212,13 @@ class _Check:
     def _walk(self, region: Region, seen: set[bytes]) -> None:
         nodes = self._repository.nodes
 
-        def known(ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        def fresh(ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
             names = [bytes(each) for each in ids]
-            before = np.array([each in seen for each in names], np.bool_)
+            new = np.array([each not in seen for each in names], np.bool_)
             seen.update(names)
-            return before
+            return new
 
-        for level, ids in pagemap.nodes(region.root, nodes, known):
+        for level, ids in pagemap.nodes(region.root, nodes, fresh):
             if level == 1:
                 children = nodes.fetch(1, ids).reshape(-1, layout.ID_BYTES)
                 self._require(children[children.any(axis=1)])

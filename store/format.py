@@ -238,7 +238,10 @@ def encode_record_header(header: RecordHeader, sealed_bytes: int) -> bytes:
 
 
 def decode_record(data: bytes, name: str) -> tuple[RecordHeader, bytes, bytes]:
-    """(header, sealed body, signature). The signature covers `data[:-64]`. Raises IntegrityError, FormatVersionError."""
+    """(header, sealed body, signature); the signature covers `data[:-64]`.
+
+    Raises IntegrityError, FormatVersionError.
+    """
     _begin(data, RECORD_MAGIC, RECORD_HEADER.size, name)
     _, _, kind, epoch, sequence, previous, vm_id, number, parent, salt, length = RECORD_HEADER.unpack_from(data)
     if len(data) != RECORD_HEADER.size + length + SIGNATURE_BYTES or length > MAX_BODY:

@@ -265,9 +265,9 @@ def decode_slot(data: bytes, name: str) -> tuple[SlotHeader, bytes]:
     )
     try:
         parameters = Argon2Parameters(memory, passes, lanes)
-        header = SlotHeader(
-            SlotKind(kind), parameters, slot_id, repository_id, salt, created, public, label.rstrip(b"\0").decode()
-        )
+        text = label.rstrip(b"\0").decode()
+        header = SlotHeader(SlotKind(kind), parameters, slot_id, repository_id, salt, created, public, text)
+        encode_slot_header(header)
     except (UsageError, ValueError) as error:  # the hash is right: somebody wrote it so
         raise IntegrityError(name, f"the key slot makes no sense: {error}") from error
     if name != slot_name(slot_id):

@@ -193,9 +193,7 @@ class Keys(DataKeys):
 
     def public_key_of(self, epoch: int) -> bytes:
         """The public key that signs records of an epoch."""
-        return [each.public_key for each in self.signing_keys if each.first_epoch <= epoch or each.link == bytes(64)][
-            -1
-        ]
+        return signer_of(self.signing_keys, epoch)
 
     def sign(self, data: Bytes) -> bytes:
         """Ed25519 signature (64). What is signed begins with the magic of its kind: no two kinds can be confused."""

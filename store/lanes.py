@@ -81,12 +81,16 @@ class WorkerLanes:
             pool.send(worker, ("begin", storage, keys, settings))
 
     def drive(self, descriptor: int, chunk_size: int, batches: Iterator[Batch], judge: Judge) -> None:
-        for worker in range(len(self._pool)):
-            self._pool.send(worker, ("open", chunk_size))
-            self._pool.send_descriptor(worker, descriptor)
-        self._pump(batches, judge)
-        for worker in range(len(self._pool)):
-            self._pool.send(worker, ("close",))  # it may be the only copy of memory that somebody waits to be freed
+        try:
+            for worker in range(len(self._pool)):
+                self._pool.send(worker, ("open", chunk_size))
+                self._pool.send_descriptor(worker, descriptor)
+            self._pump(batches, judge)
+            for worker in range(len(self._pool)):
+                self._pool.send(worker, ("close",))  # it may be the only copy of memory that somebody waits to be freed
+        except KeyboardInterrupt:  # perhaps in the middle of a message: no worker can be spoken to any more
+            self._pool.kill()
+            raise
 
     def _pump(self, batches: Iterator[Batch], judge: Judge) -> None:
         under_way: dict[int, Batch] = {}

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from base.errors import IntegrityError
 from store import format as layout
 from store.index import LOCATION, Index
-from store.pagemap import FANOUT
 from store.packs import FrameReader, PackInfo, PackWriter, SealingKeys
+from store.pagemap import FANOUT
 from store.storage import Storage
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from base.errors import (
     ConflictError,
     IntegrityError,
     NotFoundError,
+    PerdureError,
     RepositoryMissingError,
     StorageError,
     UsageError,
@@ -31,7 +32,6 @@ from base.errors import (
 from base.progress import Progress, silent
 from base.workers import WorkerPool
 from store import format as layout
-from store import pagemap
 from store.catalog import DATABASES, Catalog
 from store.chunker import PackingSettings
 from store.environment import Environment, IndexLostError
@@ -111,6 +111,8 @@ def read_key_files(path: Path) -> dict[str, bytes]:
         storage.close()
 
 
+_TIDY_SECONDS = 0.2
+"""Merging of the index when a repository is closed."""
 _REPLAY_AT_ONCE = 64
 """Records replayed in one LMDB transaction: an interrupted indexing goes on from there."""
 
@@ -162,6 +164,8 @@ class Repository:
 
     def close(self) -> None:
         """Close files and index."""
+        with suppress(PerdureError):  # it only makes later look-ups faster
+            self.tidy(_TIDY_SECONDS)
         self._undo.close()
 
     @property
@@ -228,6 +232,10 @@ class Repository:
     def node_hasher(self, level: int) -> bytes:
         """Key of the ids of page-map nodes of a level."""
         return self.keys.id_key("node", level)
+
+    def tidy(self, seconds: float) -> None:
+        """Merge runs of the index for at most so long; for when there is nothing more urgent."""
+        self.index.merge(seconds)
 
     def forget(self, generation: Generation) -> None:
         """Append a tombstone; the generation's number is never used again. Raises StorageError."""
@@ -299,7 +307,7 @@ class Repository:
         return generation_of(record.header, record.body, record.id)
 
     def _append(self, txn: lmdb.Transaction, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
-        """Publish the next record inside a write transaction; when another writer was faster, replay it and try again."""
+        """Publish the next record inside a write transaction; if another writer was faster, replay it and try again."""
         while True:
             self._replay(txn, silent, None)
             body, vm_id, number, parent = numbered(txn)

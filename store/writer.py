@@ -116,7 +116,10 @@ class GenerationWriter:
         metadata: dict[str, Any] | None = None,
         pause_ms: float | None = None,
     ) -> Generation:
-        """Publish packs, then the record. Raises StorageError, IntegrityError, WorkerError: then nothing was committed."""
+        """Publish packs, then the record.
+
+        Raises StorageError, IntegrityError, WorkerError: then nothing was committed (UncertainCommitError: perhaps).
+        """
         for lane in (self._workers, self._local, self._nodes):
             if lane is not None:
                 self._published += lane.finish()
@@ -154,6 +157,8 @@ class GenerationWriter:
                     lane.abandon()
             for pack in self._published:
                 self._repository.storage.delete(pack.name)
+            if self._workers is not None:
+                self._repository.storage.remove_leftovers("packs")  # of workers that died
         finally:
             self._published = []
             if self._lease is not None:

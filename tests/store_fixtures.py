@@ -13,6 +13,7 @@ from store.repository import Repository, create, read_key_files
 from store.slots import new_keyring, unlock
 
 PASSPHRASE = b"correct horse battery staple"
+SETTINGS = PackingSettings(pack_bytes=1 << 20)
 CHEAP = Argon2Parameters(time=1, memory_kib=64, lanes=1)
 
 
@@ -40,7 +41,7 @@ class Place:
 
 
 @contextmanager
-def place(settings: PackingSettings = PackingSettings(pack_bytes=1 << 20)):
+def place(settings: PackingSettings = SETTINGS):
     """A fresh repository, removed afterwards."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
         yield Place(Path(root), settings)

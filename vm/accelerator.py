@@ -57,7 +57,7 @@ _PROGRAM = bytes.fromhex(
     # at 0xfff70: null descriptor, 64-bit code (marked as accessed: the ROM cannot be written), and the table's place
     "0000000000000000 ffff0000009baf00 0f00 70ff0f00"
 )
-_RESET = bytes.fromhex("ea00fff000")  # jmp F000:FF00, at the reset vector
+_RESET = bytes.fromhex("ea00ff00f0")  # jmp F000:FF00, at the reset vector
 _ROM = bytes(65536 - 256) + _PROGRAM.ljust(240, b"\0") + _RESET.ljust(16, b"\0")
 
 
@@ -141,10 +141,9 @@ def _run(binary: Path, kind: Kind, cpu: str, timeout_s: float, rom: Path) -> str
                 if _DONE in said:
                     return None
                 if not said:
-                    lines = qemu.stderr.read().decode(errors="replace").split("\n")
-                    name = f"{binary.name}: "
-                    told = "; ".join(line.strip().removeprefix(name) for line in lines if line.strip())
-                    return f"QEMU ended at once: {told[:300] or qemu.wait()}"
+                    lines = qemu.stderr.read().decode(errors="replace").splitlines()
+                    told = next((line for line in lines if line and "warning:" not in line), f"status {qemu.wait()}")
+                    return f"QEMU ended at once: {told.removeprefix(f'{binary.name}: ').removeprefix('error: ')}"
         finally:
             qemu.kill()
     return f"a guest in 64-bit mode counted for {timeout_s:g} s without coming to 50 million"

@@ -71,13 +71,16 @@ def pending(status: str, journal: bytes) -> Hold | None:
     """The hold that a VM is in, for a supervisor that was not there when it began.
 
     `status` is QEMU's run state, `journal` the event journal (its end is enough). None if the guest is not held.
+    A supervisor may have died between its reset and letting the guest go on (`prelaunch`): all of it is done again.
     """
-    if status != "shutdown":
+    if status not in ("shutdown", "prelaunch"):
         return None
     for line in reversed(journal.splitlines()):
         event = _event(line)
         if event is not None and event.name == "SHUTDOWN":
             return classify(event)
+        if event is not None and event.name == "RESUME":
+            return None
     return None
 
 

@@ -34,6 +34,7 @@ class Lines:
             if header:
                 table = _plain(header[2])
                 if header[1] == "[[":
+                    self._at.setdefault(table, number)
                     counts[table] = counts.get(table, -1) + 1
                     table = f"{table}[{counts[table]}]"
                 self._at.setdefault(table, number)
@@ -63,8 +64,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigurationError(str(path), "is not UTF-8 text", line=line) from error
     except tomllib.TOMLDecodeError as error:
         message = str(error)
-        place = re.search(r" \(at line (\d+), column \d+\)$", message)
-        line = int(place[1]) if place else max(text.count("\n") + (not text.endswith("\n")), 1)
+        place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+        line = int(place[1]) if place and place[1] else max(text.count("\n") + (not text.endswith("\n")), 1)
         problem = message[: place.start()] if place else message
         raise ConfigurationError(str(path), problem[:1].lower() + problem[1:], line=line) from error
 

@@ -73,7 +73,7 @@ class Guest:
                     *("qemu-system-x86_64", "-S", "-accel", "tcg", "-m", f"{MEMORY >> 20}M", "-nodefaults"),
                     *("-machine", "q35,memory-backend=ram0", "-cpu", "max", "-display", "none"),
                     *("-object", f"memory-backend-file,id=ram0,size={MEMORY},mem-path={self.memory},share=on"),
-                    *("-qmp", f"unix:{folder}/qmp,server=on,wait=off", "-device", "virtio-balloon-pci,id=balloon"),
+                    *("-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
                     *("-chardev", f"socket,id=console,path={folder}/console,server=on,wait=off"),
                     *("-serial", "chardev:console", "-kernel", str(ROOT / ".cache/guest/vmlinuz")),
                     *("-initrd", str(initrd), "-append", "console=ttyS0 quiet panic=-1 perdure.exec=/churn"),
@@ -153,9 +153,6 @@ class Mirror:
         with open(self.guest.memory, "rb", buffering=0) as memory:
             for start, end in dirty.tolist():
                 assert os.preadv(memory.fileno(), [flat[start:end]], start) == end - start
-
-    def content(self) -> Extents:
-        return content(self.pages)
 
     def wrong_pages(self) -> list[int]:
         return np.flatnonzero((self.pages != self.guest.image()).any(axis=1)).tolist()
@@ -261,18 +258,17 @@ def test_no_page_is_missed_with_disk_reads_in_flight(folder, initrd, disk, cache
         assert tracker.direct_io == (cache == "none")
         tracker.committed()
         mirror, read_before, dirty_bytes = Mirror(guest), guest.disk_bytes_read(), []
-        for _ in range(20):
-            known = mirror.content()
+        for _ in range(12):
             guest("cont")
             guest.churn(1)
             for _ in range(3):  # close together: a read in flight at the last one is still so when that has been taken
                 if cache == "none":
                     with pytest.raises(ConflictError, match=r"test: region ram: .*cache\.direct=on.*stop the VM"):
-                        tracker.collect(running=True, known=known)
+                        tracker.collect(running=True)
                 else:
-                    mirror.take(tracker.collect(running=True, known=known).fresh)
+                    mirror.take(tracker.collect(running=True).fresh)
             guest("stop")
-            dirty = tracker.collect(running=False, known=known)
+            dirty = tracker.collect(running=False)
             mirror.take(dirty.fresh)
             assert mirror.wrong_pages() == []
             assert dirty.extents is not None
@@ -289,20 +285,19 @@ def test_what_came_since_the_previous_collection_is_told_apart(folder, initrd, d
         tracker = tracking.trackers["ram"]
         guest("cont")
         guest.churn()
-        first = guest.image()
-        assert tracker.collect(running=True, known=content(first)).extents is None  # there is no baseline yet
+        assert tracker.collect(running=True).extents is None  # there is no baseline yet
         guest("stop")
-        tracker.collect(running=False, known=content(first))
+        tracker.collect(running=False)
         before = guest.image()
         tracker.committed()
         guest("cont")
         guest.churn()
         guest("stop")
-        one, middle = tracker.collect(running=False, known=content(before)), guest.image()
+        one, middle = tracker.collect(running=False), guest.image()
         guest("cont")
         guest.churn()
         guest("stop")
-        two, after = tracker.collect(running=False, known=content(before)), guest.image()
+        two, after = tracker.collect(running=False), guest.image()
         assert one.extents is not None and two.extents is not None and two.fresh is not None
         assert missed(before, middle, one.extents) == []
         assert missed(middle, after, two.fresh) == []
@@ -311,7 +306,8 @@ def test_what_came_since_the_previous_collection_is_told_apart(folder, initrd, d
 
 
 def test_discarded_pages_are_dirty_though_nobody_wrote_them(folder, initrd, disk):
-    with running(folder, initrd, disk, "writeback") as guest, begin(guest, folder, running=False) as tracking:
+    balloon = ("-device", "virtio-balloon-pci")
+    with running(folder, initrd, disk, "writeback", *balloon) as guest, begin(guest, folder, running=False) as tracking:
         if kernel_is_old(tracking):
             return
         tracker = tracking.trackers["ram"]
@@ -425,7 +421,7 @@ def test_a_new_supervisor_goes_on_where_a_killed_one_was(folder, initrd, disk, d
             assert len(injection.held_descriptors(guest.pid, "anon_inode:[userfaultfd]")) == 1
             guest("stop")
             after = guest.image()
-            dirty = tracking.trackers["ram"].collect(running=False, known=content(before)).extents
+            dirty = tracking.trackers["ram"].collect(running=False).extents
             if dies == "collects":
                 assert dirty is None
                 return

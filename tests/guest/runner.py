@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -70,11 +71,8 @@ class Runner:
     """Executes requests in one namespace and writes answers to a descriptor, from any thread."""
 
     def __init__(self, descriptor: int) -> None:
-        import threading  # ready is said before this is loaded
-
         self._descriptor = descriptor
         self._lock = threading.Lock()
-        self._thread = threading.Thread
         self.namespace: dict[str, Any] = {"__name__": "__guest__", "perdure_guest": perdure_guest}
         self.namespace.update((each.__name__, each) for each in helpers)
 
@@ -90,7 +88,7 @@ class Runner:
             self._answer({"id": message.get("id"), **self._execute(message["python"])})
         elif isinstance(message.get("start"), str):
             self._answer({"id": message.get("id"), "ok": True, "value": None})
-            self._thread(target=self._background, args=(message.get("id"), message["start"]), daemon=True).start()
+            threading.Thread(target=self._background, args=(message.get("id"), message["start"]), daemon=True).start()
         else:
             self._answer({"id": message.get("id"), "ok": False, "error": "neither python nor start"})
 
@@ -131,17 +129,21 @@ def write_ready(descriptor: int) -> None:
     write_all(descriptor, json.dumps({"event": "ready", "boot_id": boot_id()}).encode() + b"\n")
 
 
+def serve(descriptor: int, runner: Runner) -> None:
+    """Say ready, and execute what comes, until the host goes away."""
+    write_ready(descriptor)
+    lines = perdure_guest.LineReader(LINE_MAX)
+    while data := os.read(descriptor, 65536):
+        for line in lines.feed(data):
+            runner.on_line(line)
+
+
 def main() -> int:
-    """Serve for ever; an end of the stream means that the host went away and may come again."""
+    """Serve one host after the other, for ever."""
     descriptor = os.open(perdure_guest.find_port(PORT_NAME), os.O_RDWR | os.O_CLOEXEC)
-    runner = None
+    runner = Runner(descriptor)
     while True:
-        write_ready(descriptor)
-        runner = runner or Runner(descriptor)
-        lines = perdure_guest.LineReader(LINE_MAX)
-        while data := os.read(descriptor, 65536):
-            for line in lines.feed(data):
-                runner.on_line(line)
+        serve(descriptor, runner)
         time.sleep(0.02)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 
 import pytest
 from guest_fixtures import Rig, ask, guest
@@ -90,6 +91,14 @@ def test_a_new_host_is_greeted_and_asked_again(rig):
     assert other.asked[1].id == 9
     other.answer(other.asked[1])
     assert rig.reply(client)["ok"]
+
+
+def test_half_a_line_of_a_predecessor_ends_where_the_agent_starts(rig):
+    host = rig.host()
+    assert (
+        rig.until(lambda: host.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) if rig.ports == [] else b"")
+        == b"\n"
+    )
 
 
 def test_a_resumed_guest_asks_again_at_once(rig):
@@ -184,11 +193,14 @@ def test_a_client_that_left_is_forgotten(rig):
     rig.until(host.receive)
     client.close()
     rig.until(lambda: not rig.agent._clients)
-    host.answer(host.asked[1])
-    rig.agent.step(0.01)
     rig.now += 100
     rig.agent.step(0.01)
     assert host.receive() == []
+    host.answer(host.asked[1])  # late
+    other = rig.client()
+    ask(other, 8, "query")
+    rig.until(host.receive)
+    assert len(host.asked) == 3
 
 
 def test_only_one_agent_and_only_for_root(rig):

@@ -153,7 +153,12 @@ def test_an_area_is_found_again_with_its_bytes(served):
         assert file.read(1) == b"\x07"
 
 
-def test_an_area_tagged_by_other_means_is_mapped_where_it_is(served):
+def test_an_area_tagged_by_other_means_is_mapped_where_it_is(served, monkeypatch):
+    def map_as_device_dax_does(path, offset, length, mapping=guest._map_device):
+        assert offset % (2 * MIB) == length % (2 * MIB) == 0
+        return mapping(path, offset, length)
+
+    monkeypatch.setattr(guest, "_map_device", map_as_device_dax_does)
     guest.mark_persistent(served.start + 3 * 4096, 4096, "odd")
     with guest.persistent_area("odd", 4096) as memory:
         memory[0] = 9

@@ -247,6 +247,57 @@ def test_damaged_key_files_are_named_and_never_called_a_wrong_passphrase(case):
         assert len(str(caught.value).splitlines()) == 1
 
 
+def test_decoders_refuse_what_no_writer_writes():
+    slot, keyring = FILES[SLOTS[0]], FILES[KEYRING]
+    for at in range(10, len(slot)):
+        with pytest.raises(IntegrityError, match="truncated or damaged"):
+            layout.decode_slot(slot[:at] + bytes([slot[at] ^ 1]) + slot[at + 1 :], SLOTS[0])
+    with pytest.raises(IntegrityError, match="in the place of another"):
+        layout.decode_slot(slot, SLOTS[1])
+    for decode, data, name in ((layout.decode_slot, slot, SLOTS[0]), (layout.decode_keyring, keyring, KEYRING)):
+        with pytest.raises(IntegrityError, match="damaged header"):
+            decode(data[:8] + b"\0\0" + data[10:], name)
+        with pytest.raises(FormatVersionError):
+            decode(data[:8] + b"\2\0", name)  # before anything else is read
+    bare = keyring[:104] + bytes(8)
+    for slot_count, key_count in ((0, 0), (0, 1), (1, 0)):
+        counts = struct.pack("<HH", slot_count, key_count)
+        size = slot_count * 164 + key_count * 100 + 64
+        with pytest.raises(IntegrityError, match="truncated or damaged"):
+            layout.decode_keyring(bare[:10] + counts + bare[14:] + bytes(size), KEYRING)
+    for body in (bytes(100), bytes(99), struct.pack("<96xI", 2) + bytes(36)):
+        with pytest.raises(IntegrityError, match="makes no sense"):
+            layout.decode_keyring_body(body, KEYRING)
+    for kind, label in ((0, bytes(64)), (3, bytes(64)), (1, b"\xff" * 64), (1, b"\x1b[2J".ljust(64, b"\0"))):
+        clear = slot[:10] + bytes([kind]) + slot[11:120] + label
+        with pytest.raises(IntegrityError, match="makes no sense"):
+            layout.decode_slot(layout.finish_slot(clear, slot[184:276]), SLOTS[0])
+
+
+def test_a_keyring_that_contradicts_itself_is_refused():
+    files, keys = made()
+    entry = keys.header.slots[0]
+    holder = slots._Holder(entry.slot_id, entry.public_key, entry.file_hash)
+    header = replace(keys.header, epoch=5)
+    files["keyring/00000001"] = slots._seal_keyring(header, keys.secrets(), [holder], b"")[0]
+    with pytest.raises(IntegrityError, match="contradict"):
+        unlock(files, PASSPHRASE)
+
+
+def test_a_slot_opens_with_one_passphrase_only():
+    """As if somebody had found a sealed part that opens with a second one: its private key is not the slot's."""
+    files, keys = made()
+    (name,) = [each for each in files if each.startswith("keys/")]
+    slot, _ = layout.decode_slot(files[name], name)
+    clear = files[name][:184]
+    plain = X25519PrivateKey.generate().private_bytes_raw() + keys.public_key
+    files[name] = layout.finish_slot(clear, slots._slot_sealer(slot, clear, b"second").seal(0, plain))
+    holder = slots._Holder(slot.slot_id, slot.public_key, blake3(files[name]).digest())
+    files["keyring/00000001"] = slots._seal_keyring(keys.header, keys.secrets(), [holder], b"")[0]
+    with pytest.raises(WrongPassphraseError):
+        unlock(files, b"second")
+
+
 def test_a_damaged_slot_keeps_nobody_else_out():
     own = next(name for name in SLOTS if FILES[name][10] == 1)
     key_file = KeyFile(bytes.fromhex(REPOSITORY["key_file"]))
