@@ -59,10 +59,10 @@ class Execution(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A generation that was made. `dirty`: what each region's tracker said, bytes; `seconds` to the commit."""
+    """A generation that was made. `changed`: where each region differs from the parent; `seconds` to the commit."""
 
     generation: Generation
-    dirty: dict[str, Extents]
+    changed: dict[str, Extents]
     seconds: float
 
 
@@ -71,7 +71,6 @@ class _Source:
 
     def __init__(self, region: CapturedRegion, draft: RegionDraft, pending: Extents) -> None:
         self.region, self.draft, self.pending = region, draft, pending
-        self.dirty = ranges.EMPTY
         self._asked = False
         try:
             self.descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -88,7 +87,6 @@ class _Source:
         changed = self.region.kept if changed is None else ranges.intersect(changed, self.region.kept)
         self._asked = True
         self.pending = ranges.union(self.pending, changed)
-        self.dirty = ranges.union(self.dirty, changed)
 
     def store(self, writer: GenerationWriter, progress: Progress) -> None:
         """Put what is pending into packs, from where it lies."""
@@ -132,7 +130,8 @@ def capture(
         for region in regions:
             region.tracker.committed()
         journal.committed(generation.id)
-        return Captured(generation, {each.region.name: each.dirty for each in sources}, writer.seconds)
+        seconds = writer.seconds
+    return Captured(generation, repository.changed(parent, generation), seconds)
 
 
 def _open(stack: ExitStack, writer: GenerationWriter, region: CapturedRegion, parent: Generation | None) -> _Source:

@@ -133,6 +133,11 @@ class Launcher:
         Raises ConflictError, IntegrityError, StorageError: nothing is left then.
         """
         self.folder.create()
+        if generation is not None and "tags" not in generation.metadata:
+            raise ConflictError(
+                f"{generation.name} was made by {generation.cause} and does not say what of it is to be kept: restore "
+                f"another generation with --from, or start with --without-restore"
+            )
         problems = compare(self.description, self.measurements, generation)
         memory = Memory.prepare(self.description.name, self._free_folder(), self.description.backing_sizes)
         try:

@@ -156,7 +156,7 @@ class Machine:
         """A generation was made of this VM: it is what the next one follows."""
         self.parent = done.generation
         self.note_parent(done.generation)
-        self.table.changed(done.dirty, done.generation.number)
+        self.table.changed(done.changed, done.generation.number)
 
     def status(self) -> dict[str, Any]:
         """Facts for `perdure status`; asks QEMU nothing."""

@@ -127,24 +127,10 @@ def show(options: Namespace) -> None:
 
 def diff(options: Namespace) -> None:
     """`perdure diff`"""
-    from store import pagemap
-
     output = _output(options)
     with opened(repository_path(options.repository), progress=output.progress()) as repository:
         a, b = repository.resolve(options.a), repository.resolve(options.b)
-        changed: dict[str, Extents] = {}
-        for name in dict.fromkeys([*a.regions, *b.regions]):
-            one, two = (each.regions.get(name) for each in (a, b))
-            known = one or two
-            assert known is not None
-            chunk = known.root.chunk_size
-            none = pagemap.Root(0, chunk, 0, bytes(32))
-            if one and two and one.root.chunk_size != two.root.chunk_size:
-                raise ConflictError(f"region {name} has different chunk sizes in {a.name} and {b.name}")
-            parts = pagemap.diff(
-                one.root if one else none, two.root if two else none, repository.nodes, repository.nodes
-            )
-            changed[name] = ranges.union(*(part * chunk for part in parts))
+        changed = repository.changed(a, b)
     document = {
         "a": documents.point(a),
         "b": documents.point(b),

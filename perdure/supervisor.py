@@ -110,7 +110,7 @@ class Supervisor:
         """A generation of the running VM. Raises what capture raises; the guest runs on in any case."""
         async with self._operation:
             machine = self.machine
-            execution = _Execution(machine, asyncio.get_running_loop())
+            execution = None if self.state == "held" else _Execution(machine, asyncio.get_running_loop())
             return await self._capture(machine, cause, execution, tags, metadata, progress)
 
     async def stop(self, *, keep: bool) -> Ended:
@@ -123,7 +123,7 @@ class Supervisor:
                 try:
                     number = (await self._capture(machine, "stop", None)).generation.number
                 except BaseException:
-                    await machine.cont()
+                    await self._go_on(machine)
                     raise
             await self._quit(machine)
             ended = Ended("stopped", generation=number)
@@ -155,7 +155,7 @@ class Supervisor:
                 head = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
             except BaseException:
                 await self.in_store(prepared.discard)
-                await machine.cont()
+                await self._go_on(machine)
                 raise
             self.state = "rolling back"
             await self._quit(machine)
@@ -291,6 +291,11 @@ class Supervisor:
         if generation.vm != self.vm:
             raise ConflictError(f"{generation.name} is a generation of another VM than {self.vm}")
         return generation
+
+    async def _go_on(self, machine: Machine) -> None:
+        """After something failed: as it was, running or held."""
+        if self.state == "running":
+            await machine.cont()
 
     async def _quit(self, machine: Machine) -> None:
         self._machine = None

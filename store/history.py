@@ -1,7 +1,8 @@
 """What this host remembers of a repository's history, outside the repository and outside the index.
 
-One small file holds the newest (sequence, hash) that was seen. A repository that no longer has that record, or
-has another in its place, was put back or changed, and is refused. Belongs to one thread.
+One small file holds the newest (sequence, hash) of records and (number, hash) of keyrings that was seen. A
+repository that no longer has them, or has others in their place, was put back or changed, and is refused. Belongs to
+one thread.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import msgspec
 
 from base.errors import IntegrityError, StorageError
 from store import format as layout
+from store.format_keys import keyring_name
 
 
 class _Seen(msgspec.Struct, frozen=True):
     sequence: int
     hash: str
+    keyring: int = 0
+    keyring_hash: str = ""
 
 
 class History:
@@ -39,6 +43,7 @@ class History:
                 f"what this host remembers of the repository is damaged ({error}): "
                 "check the repository, then remove this file",
             ) from error
+        self._keyring = self._seen.keyring, self._seen.keyring_hash
 
     def check(self, hash_of: Callable[[int], bytes | None]) -> None:
         """Compare with the repository. Raises IntegrityError."""
@@ -55,11 +60,23 @@ class History:
                 layout.record_name(sequence), "is not the record that this host has seen: history was changed"
             )
 
+    def check_keyring(self, number: int, keyring_hash: bytes) -> None:
+        """Compare the keyring that was opened. Raises IntegrityError."""
+        seen = self._seen
+        if number < seen.keyring or (number == seen.keyring and keyring_hash.hex() != seen.keyring_hash):
+            raise IntegrityError(
+                keyring_name(number), f"is older than keyring {seen.keyring} or another one, which this host has seen"
+            )
+        self._keyring = number, keyring_hash.hex()
+
     def advance(self, sequence: int, record_hash: bytes) -> None:
-        """Remember a newer record. Atomic, not synced: after a power loss an older memory is as true."""
-        if sequence <= self._seen.sequence:
+        """Remember a newer record or keyring. Atomic, not synced: after a power loss an older memory is as true."""
+        seen = _Seen(max(sequence, self._seen.sequence), self._seen.hash, *self._keyring)
+        if sequence > self._seen.sequence:
+            seen = msgspec.structs.replace(seen, hash=record_hash.hex())
+        if seen == self._seen:
             return
-        self._seen = _Seen(sequence, record_hash.hex())
+        self._seen = seen
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             temporary.write_bytes(msgspec.json.encode(self._seen))

@@ -19,6 +19,7 @@ from typing import Any
 
 import lmdb
 
+from base import extents as ranges
 from base.disk import Disk
 from base.errors import (
     ConflictError,
@@ -29,9 +30,11 @@ from base.errors import (
     StorageError,
     UsageError,
 )
+from base.extents import Extents
 from base.progress import Progress, silent
 from base.workers import WorkerPool
 from store import format as layout
+from store import pagemap
 from store.catalog import DATABASES, Catalog
 from store.chunker import PackingSettings
 from store.environment import Environment, IndexLostError
@@ -142,6 +145,7 @@ class Repository:
         self.storage = LocalStorage(path, self.disk)
         self.settings = PackingSettings()
         self._history = History(state / "history.json")
+        self._history.check_keyring(keys.header.number, keys.keyring_hash)
         with ExitStack() as undo:
             undo.callback(self.storage.close)
             self.environment = self._open_environment(state)
@@ -218,6 +222,25 @@ class Repository:
                 number = int(which)
                 return self.catalog.generation(txn, vm, number) if number > 0 else self.catalog.latest(txn, vm, -number)
         raise UsageError(f"{point!r} is no point in time: write VM@7, VM@latest, VM@-1 or the beginning of an id")
+
+    def changed(self, a: Generation | None, b: Generation) -> dict[str, Extents]:
+        """Where two generations differ, in bytes by region; a region that one of them lacks counts as zero there.
+
+        Raises ConflictError where a region was kept in chunks of another size, IntegrityError.
+        """
+        found: dict[str, Extents] = {}
+        before = {} if a is None else a.regions
+        for name in dict.fromkeys([*before, *b.regions]):
+            roots = [regions[name].root for regions in (before, b.regions) if name in regions]
+            size = roots[0].chunk_size
+            if roots[-1].chunk_size != size:
+                raise ConflictError(
+                    f"region {name} has chunks of {size} and {roots[-1].chunk_size} bytes: not comparable"
+                )
+            empty = pagemap.Root(0, size, 0, layout.ZERO_ID)
+            one, two = (regions[name].root if name in regions else empty for regions in (before, b.regions))
+            found[name] = ranges.union(*(part * size for part in pagemap.diff(one, two, self.nodes, self.nodes)))
+        return found
 
     def writer(self, vm: str, parent: Generation | None = None) -> GenerationWriter:
         """Begin a generation of a VM, from its parent's content if one is given."""

@@ -244,21 +244,24 @@ def trim_journal(folder: RuntimeFolder) -> None:
 
 def _start(folder: RuntimeFolder, argv: list[str]) -> subprocess.Popen[bytes]:
     try:
-        with folder.log.open("wb") as log:
-            return subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd="/",  # a folder that was the user's must not stay busy for as long as the VM runs
-                start_new_session=True,
-                close_fds=True,
-                umask=0o077,  # sockets, journal and console are the user's alone
-            )
+        log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.filename in (None, str(folder.log)):
-            raise StorageError.from_os(error, str(folder.log), "start QEMU with its log there") from error
+        raise StorageError.from_os(error, str(folder.log), "make") from error
+    try:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd="/",  # a folder that was the user's must not stay busy for as long as the VM runs
+            start_new_session=True,
+            close_fds=True,
+            umask=0o077,  # sockets, journal and console are the user's alone
+        )
+    except OSError as error:
         raise VirtualMachineError(f"VM {folder.vm}: cannot start {argv[0]}: {error.strerror or error}") from error
+    finally:
+        os.close(log)
 
 
 def _make_journal(folder: RuntimeFolder) -> None:

@@ -1,7 +1,7 @@
 """Trackers on real QEMU, judged by complete copies of guest memory taken at two stops: a changed page that the tracker
 does not name is a failure.
 
-The guest does nothing but write random pages and read its disk, around the page cache, into others.
+The guest does nothing but write random bytes, and read its disk into other pages around its page cache.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from guest_fixtures import load
 
 from base import extents
 from base.disk import Disk
@@ -38,55 +38,62 @@ from vm.userfaultfd import Userfaultfd
 pytestmark = pytest.mark.qemu
 
 ROOT = Path(__file__).resolve().parents[2]
+client = load(ROOT / "tests/guest/client.py")
 MEMORY, DISK = 256 << 20, 96 << 20
 PATIENCE_S = 120
 
-CHURN = b"""#!/usr/bin/python3 -IS
-import mmap, os, random
+CHURN = """
+import mmap, os, random, time
 freed = mmap.mmap(-1, 48 << 20)
 for at in range(0, len(freed), 4096):
     freed[at : at + 8] = b"leftover"
 freed.close()  # memory with content for a balloon to take
 scratch, landing = mmap.mmap(-1, 32 << 20), mmap.mmap(-1, 16 << 20)
+views = [memoryview(landing)[at : at + (1 << 20)] for at in range(0, len(landing), 1 << 20)]
 disk = os.open("/dev/vda", os.O_RDONLY | os.O_DIRECT)
 size = os.lseek(disk, 0, os.SEEK_END)
-views = [memoryview(landing)[at : at + (1 << 20)] for at in range(0, len(landing), 1 << 20)]
-number = 0
-while True:
-    for _ in range(16):
+steps = 0
+
+def churn():
+    global steps
+    while True:
         at = random.randrange(len(scratch))
         scratch[at] = (scratch[at] + 1) % 256
         os.preadv(disk, [random.choice(views)], random.randrange(size >> 20) << 20)
-    number += 1
-    print("churn", number, flush=True)
+        steps += 1
+
+def wait(count):
+    wanted = steps + count
+    while steps < wanted:
+        time.sleep(0.001)
 """
 
 
 class Guest:
-    """A QEMU process with its memory in `memory`, begun stopped; QMP and the console over sockets."""
+    """A QEMU process with its memory in `memory`, begun stopped, and a shell into the guest."""
 
-    def __init__(self, folder: Path, initrd: Path, disk: Path, cache: str, *more: str) -> None:
-        self.memory = folder / "memory"
+    def __init__(self, folder: Path, image: Any, disk: Path, cache: str, *more: str) -> None:
+        self.folder, self.memory = folder, folder / "memory"
         with open(folder / "qemu.log", "wb") as log:
             self.process = subprocess.Popen(
                 [
                     *("qemu-system-x86_64", "-S", "-accel", "tcg", "-m", f"{MEMORY >> 20}M", "-nodefaults"),
                     *("-machine", "q35,memory-backend=ram0", "-cpu", "max", "-display", "none"),
                     *("-object", f"memory-backend-file,id=ram0,size={MEMORY},mem-path={self.memory},share=on"),
-                    *("-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
-                    *("-chardev", f"socket,id=console,path={folder}/console,server=on,wait=off"),
-                    *("-serial", "chardev:console", "-kernel", str(ROOT / ".cache/guest/vmlinuz")),
-                    *("-initrd", str(initrd), "-append", "console=ttyS0 quiet panic=-1 perdure.exec=/churn"),
+                    *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", "quiet panic=-1"),
                     *("-drive", f"file={disk},format=raw,if=none,id=disk,cache={cache},readonly=on"),
-                    *("-device", "virtio-blk-pci,drive=disk", *more),
+                    *("-device", "virtio-blk-pci,drive=disk", "-device", "virtio-serial-pci"),
+                    *("-chardev", f"socket,id=test,path={folder}/test,server=on,wait=off"),
+                    *("-device", "virtserialport,chardev=test,name=org.perdure.test.0"),
+                    *("-qmp", f"unix:{folder}/qmp,server=on,wait=off", *more),
                 ],
                 stderr=log,
                 start_new_session=True,
             )
         self.pid = self.process.pid
+        self.shell = client.GuestShell(folder / "test")
         try:
             self._qmp = self._connect(folder / "qmp").makefile("rw")
-            self._console = self._connect(folder / "console")
         except BaseException:
             self.close()
             raise
@@ -117,17 +124,17 @@ class Guest:
             if "return" in reply:
                 return reply["return"]
 
-    def churn(self, rounds: int = 4) -> None:
-        """Wait until the guest has gone through some more rounds of writes and reads."""
-        self._console.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while self._console.recv(1 << 16):  # what it said before
-                pass
-        self._console.settimeout(PATIENCE_S)
-        deadline, said = time.monotonic() + PATIENCE_S, b""
-        while said.count(b"churn ") < rounds:
-            assert time.monotonic() < deadline, said
-            said += self._console.recv(1 << 16)
+    def boot(self) -> None:
+        """Let it run, and begin to write and read in it."""
+        self("cont")
+        self.shell.wait_ready(PATIENCE_S)
+        self.shell.run(CHURN, PATIENCE_S)
+        self.shell.start("churn()", PATIENCE_S)
+        self.churn()
+
+    def churn(self, steps: int = 50) -> None:
+        """Wait until the guest has gone through some more writes and reads."""
+        self.shell.run(f"wait({steps})", PATIENCE_S)
 
     def image(self) -> np.ndarray:
         """A private copy of all guest memory: uint8, shape (pages, PAGE)."""
@@ -137,6 +144,7 @@ class Guest:
         return sum(int(each["stats"]["rd_bytes"]) for each in self("query-blockstats"))
 
     def close(self) -> None:
+        self.shell.close()
         self.process.kill()
         self.process.wait()
 
@@ -169,24 +177,6 @@ def content(image: np.ndarray) -> Extents:
     return extents.from_numbers(np.flatnonzero(image.any(axis=1)).astype(np.uint64), PAGE)
 
 
-def archive(name: str, body: bytes) -> bytes:
-    """A cpio archive of one executable, as the kernel unpacks it after those before it in one initrd."""
-    out = b""
-    for inode, (path, mode, data) in enumerate([(name, 0o100755, body), ("TRAILER!!!", 0, b"")], 1):
-        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path) + 1, 0)
-        head = b"070701" + b"".join(b"%08X" % each for each in fields) + path.encode() + b"\0"
-        out += head + b"\0" * (-len(head) % 4) + data + b"\0" * (-len(data) % 4)
-    return out
-
-
-@pytest.fixture(scope="session")
-def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    subprocess.run([ROOT / "scripts/build-guest"], check=True)
-    made = tmp_path_factory.mktemp("guest") / "initrd"
-    made.write_bytes((ROOT / ".cache/guest/initrd.img").read_bytes() + archive("churn", CHURN))
-    return made
-
-
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random bytes, so that every read changes memory, on a file system that can O_DIRECT."""
@@ -198,18 +188,16 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="perdure-") as name:
-        yield Path(name)
+def launch(short_folder: Path, guest_image: Any, disk: Path) -> Iterator[Callable[..., Guest]]:
+    """`launch(cache, *more)` starts QEMU, stopped, with the disk's cache mode and more arguments; once a test."""
+    with contextlib.ExitStack() as stack:
 
+        def start(cache: str, *more: str) -> Guest:
+            guest = Guest(short_folder, guest_image, disk, cache, *more)
+            stack.callback(guest.close)
+            return guest
 
-@contextlib.contextmanager
-def running(folder: Path, initrd: Path, disk: Path, cache: str, *more: str) -> Iterator[Guest]:
-    guest = Guest(folder, initrd, disk, cache, *more)
-    try:
-        yield guest
-    finally:
-        guest.close()
+        yield start
 
 
 def device_types(guest: Guest) -> list[str]:
@@ -218,7 +206,7 @@ def device_types(guest: Guest) -> list[str]:
 
 
 @contextlib.contextmanager
-def begin(guest: Guest, folder: Path, kernel: Kernel | None = None, **options: Any) -> Iterator[Tracking]:
+def begin(guest: Guest, kernel: Kernel | None = None, **options: Any) -> Iterator[Tracking]:
     """Trackers for the guest's memory as the supervisor begins them."""
     facts = probe_facts(
         guest.pid,
@@ -228,7 +216,7 @@ def begin(guest: Guest, folder: Path, kernel: Kernel | None = None, **options: A
         kernel=kernel,
     )
     qemu = Identity.of(guest.pid)
-    journal = Journal(folder / "tracking.json", qemu, Disk())
+    journal = Journal(guest.folder / "tracking.json", qemu, Disk())
     tracking = start_tracking("test", qemu, {"ram": guest.memory}, facts, journal, **options)
     with contextlib.closing(tracking):
         yield tracking
@@ -249,18 +237,18 @@ def kernel_is_old(tracking: Tracking) -> bool:
     [("none", ()), ("writeback", ()), ("none", ("-runas", "nobody")), ("none", ("-sandbox", "on"))],
     ids=["none", "writeback", "none-unprivileged", "none-sandbox"],
 )
-def test_no_page_is_missed_with_disk_reads_in_flight(folder, initrd, disk, cache, more):
-    folder.chmod(0o755)
-    with running(folder, initrd, disk, cache, *more) as guest, begin(guest, folder, running=False) as tracking:
+def test_no_page_is_missed_with_disk_reads_in_flight(launch, short_folder, cache, more):
+    short_folder.chmod(0o755)  # for a QEMU that drops its privileges
+    guest = launch(cache, *more)
+    with begin(guest, running=False) as tracking:
         if kernel_is_old(tracking):
             return
         tracker = tracking.trackers["ram"]
         assert tracker.direct_io == (cache == "none")
         tracker.committed()
         mirror, read_before, dirty_bytes = Mirror(guest), guest.disk_bytes_read(), []
+        guest.boot()
         for _ in range(12):
-            guest("cont")
-            guest.churn(1)
             for _ in range(3):  # close together: a read in flight at the last one is still so when that has been taken
                 if cache == "none":
                     with pytest.raises(ConflictError, match=r"test: region ram: .*cache\.direct=on.*stop the VM"):
@@ -274,17 +262,19 @@ def test_no_page_is_missed_with_disk_reads_in_flight(folder, initrd, disk, cache
             assert dirty.extents is not None
             dirty_bytes.append(extents.total(dirty.extents))
             tracker.committed()
+            guest("cont")
+            guest.churn(8)
         assert 0 < min(dirty_bytes) < MEMORY // 4  # it says more than "everything"
         assert guest.disk_bytes_read() - read_before > 64 << 20
 
 
-def test_what_came_since_the_previous_collection_is_told_apart(folder, initrd, disk):
-    with running(folder, initrd, disk, "writeback") as guest, begin(guest, folder, running=False) as tracking:
+def test_what_came_since_the_previous_collection_is_told_apart(launch):
+    guest = launch("writeback")
+    with begin(guest, running=False) as tracking:
         if kernel_is_old(tracking):
             return
         tracker = tracking.trackers["ram"]
-        guest("cont")
-        guest.churn()
+        guest.boot()
         assert tracker.collect(running=True).extents is None  # there is no baseline yet
         guest("stop")
         tracker.collect(running=False)
@@ -305,15 +295,14 @@ def test_what_came_since_the_previous_collection_is_told_apart(folder, initrd, d
         assert len(extents.subtract(one.extents, two.extents)) == 0
 
 
-def test_discarded_pages_are_dirty_though_nobody_wrote_them(folder, initrd, disk):
-    balloon = ("-device", "virtio-balloon-pci")
-    with running(folder, initrd, disk, "writeback", *balloon) as guest, begin(guest, folder, running=False) as tracking:
+def test_discarded_pages_are_dirty_though_nobody_wrote_them(launch):
+    guest = launch("writeback", "-device", "virtio-balloon-pci")
+    with begin(guest, running=False) as tracking:
         if kernel_is_old(tracking):
             return
         tracker = tracking.trackers["ram"]
         assert isinstance(tracker, WriteProtectTracker) and tracker.discards
-        guest("cont")
-        guest.churn()
+        guest.boot()
         guest("stop")
         tracker.collect(running=False)
         tracker.committed()
@@ -344,14 +333,15 @@ def test_discarded_pages_are_dirty_though_nobody_wrote_them(folder, initrd, disk
         assert tracker.collect(running=False).extents is None  # nobody can tell without the baseline's content
 
 
-def test_a_mapping_that_comes_or_goes_is_dirty_as_a_whole(folder, initrd, disk):
-    more = ("-object", f"memory-backend-file,id=extra,size=1M,mem-path={folder}/extra,share=on")
-    with running(folder, initrd, disk, "writeback", *more) as guest, contextlib.ExitStack() as stack:
-        if not Kernel.probe().pagemap_scan:
-            return
-        tracker = WriteProtectTracker("test", folder / "extra", stack.enter_context(Userfaultfd.of(guest.pid)))
+def test_a_mapping_that_comes_or_goes_is_dirty_as_a_whole(launch, short_folder):
+    extra = short_folder / "extra"
+    guest = launch("writeback", "-object", f"memory-backend-file,id=extra,size=1M,mem-path={extra},share=on")
+    if not Kernel.probe().pagemap_scan:
+        return
+    with contextlib.ExitStack() as stack:
+        tracker = WriteProtectTracker("test", extra, stack.enter_context(Userfaultfd.of(guest.pid)))
         stack.callback(tracker.close)
-        extra = stack.enter_context(open(folder / "extra", "rb"))
+        file = stack.enter_context(open(extra, "rb"))
 
         def collected() -> list[list[int]]:
             dirty = tracker.collect(running=True).extents
@@ -364,11 +354,11 @@ def test_a_mapping_that_comes_or_goes_is_dirty_as_a_whole(folder, initrd, disk):
         assert collected() == []
         for _ in range(2):
             plugged = {"qom-type": "memory-backend-file", "id": "again", "size": 1 << 20, "share": True}
-            guest("object-add", **plugged, **{"mem-path": f"{folder}/extra"})
+            guest("object-add", **plugged, **{"mem-path": str(extra)})
             assert collected() == [[0, 1 << 20]]
             assert collected() == []
             guest("object-del", id="again")
-            while len(shared_mappings(guest.pid, extra.fileno())) > 1:  # QEMU unmaps a moment later
+            while len(shared_mappings(guest.pid, file.fileno())) > 1:  # QEMU unmaps a moment later
                 guest("query-status")
             assert collected() == [[0, 1 << 20]]
             assert collected() == []
@@ -380,14 +370,13 @@ def test_a_mapping_that_comes_or_goes_is_dirty_as_a_whole(folder, initrd, disk):
 
 # A supervisor that begins to track, says so, and waits to be killed; with an argument it dies after a collection.
 SUPERVISOR = """
-import json, sys
+import sys
 from pathlib import Path
 from base.disk import Disk
 from capture.choice import Facts, Kernel
 from capture.journal import Journal
 from capture.tracking import start_tracking
 from vm.identity import Identity
-from vm.mappings import shared_mappings
 pid, memory, folder, collects = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "collects"
 qemu = Identity.of(pid)
 journal = Journal(folder / "tracking.json", qemu, Disk())
@@ -401,49 +390,48 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("dies", ["idle", "collects"])
-def test_a_new_supervisor_goes_on_where_a_killed_one_was(folder, initrd, disk, dies):
-    with running(folder, initrd, disk, "writeback") as guest:
+def test_a_new_supervisor_goes_on_where_a_killed_one_was(launch, dies):
+    guest = launch("writeback")
+    guest.boot()
+    guest("stop")
+    before = guest.image()
+    command = [sys.executable, "-c", SUPERVISOR, str(guest.pid), str(guest.memory), str(guest.folder), dies]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as old:
+        assert old.stdout is not None
+        assert old.stdout.readline() == b"armed\n"
         guest("cont")
         guest.churn()
+        old.kill()
+    guest.churn()  # nobody is there, and the kernel keeps on noting
+    with begin(guest, running=True) as tracking:
+        if kernel_is_old(tracking):
+            return
+        assert len(injection.held_descriptors(guest.pid, "anon_inode:[userfaultfd]")) == 1
         guest("stop")
-        before = guest.image()
-        command = [sys.executable, "-c", SUPERVISOR, str(guest.pid), str(guest.memory), str(folder), dies]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as old:
-            assert old.stdout is not None
-            assert old.stdout.readline() == b"armed\n"
-            guest("cont")
-            guest.churn()
-            old.kill()
-        guest.churn()  # nobody is there, and the kernel keeps on noting
-        with begin(guest, folder, running=True) as tracking:
-            if kernel_is_old(tracking):
-                return
-            assert len(injection.held_descriptors(guest.pid, "anon_inode:[userfaultfd]")) == 1
-            guest("stop")
-            after = guest.image()
-            dirty = tracking.trackers["ram"].collect(running=False).extents
-            if dies == "collects":
-                assert dirty is None
-                return
-            assert dirty is not None
-            assert missed(before, after, dirty) == []
-            assert extents.total(dirty) < MEMORY // 4
+        after = guest.image()
+        dirty = tracking.trackers["ram"].collect(running=False).extents
+        if dies == "collects":
+            assert dirty is None
+            return
+        assert dirty is not None
+        assert missed(before, after, dirty) == []
+        assert extents.total(dirty) < MEMORY // 4
 
 
-def test_200_injections_do_not_disturb_a_busy_guest(folder, initrd, disk):
-    with running(folder, initrd, disk, "none") as guest:
-        guest("cont")
-        guest.churn()
-        numbers = [injection.inject(guest.pid) for _ in range(200)]
-        assert len(set(numbers)) == 200
-        guest.churn()
-        assert guest("query-status")["running"]
-        assert guest.process.poll() is None
-        assert (folder / "qemu.log").read_text() == ""
+def test_200_injections_do_not_disturb_a_busy_guest(launch):
+    guest = launch("none")
+    guest.boot()
+    numbers = [injection.inject(guest.pid) for _ in range(200)]
+    assert len(set(numbers)) == 200
+    guest.churn()
+    assert guest("query-status")["running"]
+    assert guest.process.poll() is None
+    assert (guest.folder / "qemu.log").read_text() == ""
 
 
-def test_qemu_that_is_gone_is_an_error_that_names_the_region(folder, initrd, disk):
-    with running(folder, initrd, disk, "none") as guest, begin(guest, folder, running=False) as tracking:
+def test_qemu_that_is_gone_is_an_error_that_names_the_region(launch):
+    guest = launch("none")
+    with begin(guest, running=False) as tracking:
         if kernel_is_old(tracking):
             return
         guest.close()
@@ -451,13 +439,13 @@ def test_qemu_that_is_gone_is_an_error_that_names_the_region(folder, initrd, dis
             tracking.trackers["ram"].collect(running=False)
 
 
-def test_an_override_decides(folder, initrd, disk):
-    with running(folder, initrd, disk, "none") as guest:
-        with begin(guest, folder, running=False, wanted="scan") as tracking:
-            assert (tracking.choice.kind, tracking.choice.reason) == ("scan", "the configuration asks for it")
-            assert tracking.trackers["ram"].collect(running=True).extents is None
-        with begin(guest, folder, running=False, kernel=Kernel("6.1.0-56-amd64", "x86_64", False)) as tracking:
-            assert (tracking.choice.kind, tracking.choice.reason) == (
-                "scan",
-                "Linux 6.1 has no PAGEMAP_SCAN (6.7 does)",
-            )
+def test_an_override_decides(launch):
+    guest = launch("none")
+    with begin(guest, running=False, wanted="scan") as tracking:
+        assert (tracking.choice.kind, tracking.choice.reason) == ("scan", "the configuration asks for it")
+        assert tracking.trackers["ram"].collect(running=True).extents is None
+    with begin(guest, running=False, kernel=Kernel("6.1.0-56-amd64", "x86_64", False)) as tracking:
+        assert (tracking.choice.kind, tracking.choice.reason) == (
+            "scan",
+            "Linux 6.1 has no PAGEMAP_SCAN (6.7 does)",
+        )

@@ -86,15 +86,16 @@ def test_no_signal_is_lost_under_injections(target, inject):
     def bombard() -> None:
         nonlocal sent
         while not done.is_set():
-            for _ in range(20):
-                os.kill(target.pid, signal.SIGRTMIN)
-                sent += 1
-            done.wait(0.0002)
+            os.kill(target.pid, signal.SIGRTMIN)
+            sent += 1
+            done.wait(
+                0.001
+            )  # the target must get to wait for the next one, or there is no system call to be stopped in
 
     sender = threading.Thread(target=bombard)
     sender.start()
     try:
-        numbers = [inject(target.pid) for _ in range(20)]
+        numbers = [inject(target.pid) for _ in range(10)]
     finally:
         done.set()
         sender.join()

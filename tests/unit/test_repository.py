@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
-from store_fixtures import add, content, image, memory_file, place
+from store_fixtures import PASSPHRASE, add, content, image, memory_file, place
 
 from base import extents as ranges
 from base.errors import (
@@ -21,7 +21,7 @@ from base.workers import WorkerPool
 from store.lanes import serve_chunker
 from store.reader import GenerationReader
 from store.repository import create, read_key_files, read_mark
-from store.slots import unlock
+from store.slots import change, unlock
 
 PAGE = 4096
 
@@ -127,6 +127,20 @@ def test_history_that_went_back_is_noticed():
         for path in (where.state / "index").iterdir():  # also when the index is lost
             path.unlink()
         with pytest.raises(IntegrityError, match="went back"):
+            where.open().close()
+
+
+def test_a_keyring_that_went_back_is_noticed():
+    with place() as where:
+        files = read_key_files(where.path)
+        changed = change(files, unlock(files, PASSPHRASE), new_epoch=True)
+        for name, data in changed.put.items():
+            (where.path / name).write_bytes(data)
+        with where.open() as repository:
+            generation = add(repository, "vm", {"ram": image(1, 3)})
+            assert content(repository, generation, "ram") == image(1, 3)
+        (where.path / "keyring/00000002").unlink()
+        with pytest.raises(IntegrityError, match="which this host has seen"):
             where.open().close()
 
 

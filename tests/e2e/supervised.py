@@ -1,0 +1,335 @@
+"""A VM as a user has it: a VM.toml, a repository, a real `perdure run` beside which the other commands are used.
+
+Everything lies in one folder in tmpfs with a name of its own; `close` ends whatever has that folder among its
+arguments, unmounts and removes it, also after a test that failed half-way. What the guest holds is asked of programs
+in the guest (`guest`) and of `judge`, never of Perdure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import judge
+from guest_fixtures import load
+from judge import Judge
+
+client = load(Path(__file__).resolve().parents[1] / "guest" / "client.py")
+GuestShell = client.GuestShell
+
+MIB = 1 << 20
+PAGE = 4096
+NAME = "demo"
+MEMORY = 256 * MIB
+REGION = 32 * MIB
+"""Size of the only persistent region, pm0."""
+SECONDS = 120
+"""For whatever is waited for: far more than anything takes, so that only what hangs fails."""
+
+
+class Image(Protocol):
+    """The built test guest."""
+
+    kernel: Path
+    initrd: Path
+
+
+@dataclass(frozen=True)
+class Area:
+    """A tagged range: guest-physical address, size, and offset in the region."""
+
+    address: int
+    size: int
+    offset: int
+
+    def of(self, content: bytes) -> bytes:
+        """Its part of a region's content."""
+        return content[self.offset : self.offset + self.size]
+
+
+class Run:
+    """One `perdure run`: its process and what it says, standard error included."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], folder: Path) -> None:
+        self.process = subprocess.Popen(
+            words,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self._pipe = self.process.stdout
+        os.set_blocking(self._pipe.fileno(), False)
+        self._read = 0
+        self._open = True
+        self.text = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the supervisor has not ended."""
+        return self.process.poll() is None
+
+    def expect(self, pattern: str, seconds: float = SECONDS) -> re.Match[str]:
+        """Wait for it in what has been said since the last match."""
+        deadline = time.monotonic() + seconds
+        while (found := re.compile(pattern).search(self.text, self._read)) is None:
+            assert self._open and time.monotonic() < deadline, f"no {pattern!r} in {self.text[self._read :]!r}"
+            self._receive(deadline)
+        self._read = found.end()
+        return found
+
+    def ended(self, seconds: float = SECONDS) -> int:
+        """Wait until it, and every process that it made but QEMU, is gone; gives the exit status."""
+        deadline = time.monotonic() + seconds
+        status = self.process.wait(seconds)
+        while self._open:
+            assert time.monotonic() < deadline, f"a process of the supervisor is left over; it said {self.text!r}"
+            self._receive(deadline)
+        return status
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.alive:
+            self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Let go; the process has ended."""
+        self._pipe.close()
+
+    def _receive(self, deadline: float) -> None:
+        select.select([self._pipe], [], [], max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._pipe.fileno(), 1 << 16)
+            self._open = bool(data)
+            self.text += data.decode(errors="replace")
+
+
+class Supervised:
+    """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml."""
+
+    def __init__(self, image: Image, *, tracker: str = "auto", settings: str = "") -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="p-", dir="/dev/shm"))
+        self.state = self.folder / "state"
+        self.repository = self.folder / "repository"
+        self.judge = Judge(self.folder)
+        self.guest = GuestShell(self.folder / "test.sock")
+        self.runs: list[Run] = []
+        (self.folder / "passphrase").write_text("correct horse\n")
+        (self.folder / "VM.toml").write_text(
+            f"""\
+name = "{NAME}"
+memory = {MEMORY}
+accelerator = "tcg"
+kernel = "{image.kernel}"
+initrd = "{image.initrd}"
+append = "console=ttyS0 quiet panic=-1"
+extra = [
+    "-qmp", "unix:{self.folder}/{judge.SOCKET},server=on,wait=off",
+    "-chardev", "socket,id=test,path={self.folder}/test.sock,server=on,wait=off",
+    "-device", '{{"driver":"virtserialport","chardev":"test","name":"org.perdure.test.0"}}',
+]
+{settings}
+[[region]]
+name = "pm0"
+size = {REGION}
+[policy]
+tracker = "{tracker}"
+[hooks]
+before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
+"""
+        )
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "PERDURE_STATE_DIR": str(self.state),
+            "PERDURE_REPOSITORY": str(self.repository),
+            "PERDURE_PASSWORD_FILE": str(self.folder / "passphrase"),
+        }
+        self.perdure("init")
+
+    # The commands
+
+    def start(self, *words: str) -> Run:
+        """`perdure run`, begun; nothing is waited for."""
+        command = [sys.executable, "-m", "perdure", "run", str(self.folder / "VM.toml"), *words]
+        self.runs.append(Run(command, self.environment, self.folder))
+        return self.runs[-1]
+
+    def boot(self, *words: str) -> Run:
+        """`perdure run` until the guest is up, whether that is launched or taken over."""
+        run = self.start(*words)
+        run.expect(r"tracker:? ")
+        self.guest.wait_ready(SECONDS)
+        return run
+
+    def perdure(self, *words: object, code: int = 0) -> Any:
+        """Any other command; its JSON document."""
+        done = self._command(*words, "--json")
+        assert done.returncode == code, (words, done.returncode, done.stderr)
+        return json.loads(done.stdout) if done.stdout else None
+
+    def refused(self, *words: object, code: int = 1) -> str:
+        """A command that does not do what it is told; the one line that says why."""
+        done = self._command(*words)
+        lines = done.stderr.decode().splitlines()
+        assert (done.returncode, done.stdout, len(lines)) == (code, b"", 1), (words, done)
+        return lines[0]
+
+    def _command(self, *words: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-m", "perdure", *map(str, words)],
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=SECONDS,
+        )
+
+    @property
+    def run(self) -> Run:
+        """The supervisor that was started last."""
+        return self.runs[-1]
+
+    def status(self) -> Any:
+        """`perdure status demo`."""
+        return self.perdure("status", NAME)
+
+    def log(self) -> list[Any]:
+        """All generations, oldest first."""
+        found: list[Any] = self.perdure("log", NAME)["generations"]
+        return found
+
+    def export(self, number: int | str = "latest") -> bytes:
+        """Region pm0 of a generation."""
+        path = self.folder / "export"
+        self.perdure("export", f"{NAME}@{number}", "pm0", path)
+        content = path.read_bytes()
+        path.unlink()
+        return content
+
+    def area(self, name: str) -> Area:
+        """A tagged range by its name, from what the host lists."""
+        listed = self.perdure("regions", NAME)["regions"]
+        start = next(each["address"] for each in listed if each["class"] == "reserved")
+        [found] = [each for each in listed if each["name"] == name]
+        return Area(found["address"], found["size"], found["address"] - start)
+
+    # The judge
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[dict[str, mmap.mmap]]:
+        """All of the guest's memory as it is now, by region."""
+        target = self.folder / "dump"
+        self.judge.save(target)
+        try:
+            with _mapped(target) as content:
+                yield content
+        finally:
+            shutil.rmtree(target)
+
+    @contextlib.contextmanager
+    def before_boot(self) -> Iterator[dict[str, mmap.mmap]]:
+        """All of the guest's memory as the hook found it before the last boot's first instruction."""
+        [target] = (self.folder / judge.BOOTS).iterdir()
+        with _mapped(target) as content:
+            yield content
+
+    @property
+    def boots(self) -> int:
+        """How many times the hook has saved memory."""
+        return max((int(each.name) for each in (self.folder / judge.BOOTS).glob("*")), default=0)
+
+    def tell_hook(self, what: str) -> None:
+        """What the hook does at the next boot, once; see judge.py."""
+        (self.folder / judge.HOOK).write_text(what)
+
+    # What happens to VMs
+
+    def kill_qemu(self) -> None:
+        """SIGKILL."""
+        pids = [pid for pid, words in self._processes() if "qemu" in words[0]]
+        assert len(pids) == 1, pids
+        pidfd = os.pidfd_open(pids[0])
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], SECONDS)[0]
+        os.close(pidfd)
+
+    def lose_power(self) -> None:
+        """What the host loses with it: all processes, everything in memory. Durable state and the repository stay."""
+        self.run.kill()
+        self.kill_qemu()
+        self._unmount()
+        shutil.rmtree(self.state / "run")
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for something that nobody reports."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, f"it never came: {what}"
+            time.sleep(0.02)  # between two looks
+
+    def healthy(self) -> bool:
+        """Whether there is a supervisor, and a guest that answers."""
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            if self.runs and self.run.alive and self.status()["state"] == "running":
+                self.guest.wait_ready(20)
+                return bool(self.guest.run("6 * 7", 20) == 42)
+        return False
+
+    def close(self) -> None:
+        """End everything and leave nothing. Raises AssertionError if a supervisor had shown a traceback."""
+        self.guest.close()
+        for pid, _ in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.until(lambda: not self._processes(), "the end of all processes")
+        for run in self.runs:
+            with contextlib.suppress(AssertionError):
+                run.ended()
+            run.close()
+        self._unmount()
+        shutil.rmtree(self.folder)
+        said = "\n".join(run.text for run in self.runs)
+        assert "Traceback" not in said, said
+
+    def _processes(self) -> list[tuple[int, list[str]]]:
+        """Those with our folder among their arguments, this test and what has ended excluded."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if any(str(self.folder) in word for word in words) and int(entry.name) != os.getpid():
+                    found.append((int(entry.name), words))
+        return found
+
+    def _unmount(self) -> None:
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            if (path := line.split()[4]).startswith(f"{self.folder}/"):
+                subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@contextlib.contextmanager
+def _mapped(folder: Path) -> Iterator[dict[str, mmap.mmap]]:
+    with contextlib.ExitStack() as stack:
+        content = {}
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                content[path.name] = stack.enter_context(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        yield content

@@ -1,0 +1,211 @@
+"""The held reboot on real guests: SeaBIOS and OVMF, several in a row, scrubbed, and by a second supervisor."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from restore.scrub import scrub
+from vm.config import FirmwareFiles
+from vm.firmware import find, variables
+from vm.hold import Cause, Hold, classify, hold_on_reset, pending, resume_after_hold, scrubbable_ram
+from vm.monitor import DeadlineError, Monitor
+from vm.qemu import Qemu
+
+pytestmark = pytest.mark.qemu
+
+MIB = 1 << 20
+SECRET = b"secret-7f3a9c-secret-7f3a9c-secret-7f3a9c\n"
+REBOOTS = (
+    "echo booted\n"
+    "secret=secret-7f3a9c; i=0; while [ $i -lt 10000 ]; do echo $secret-$secret-$secret; i=$((i + 1)); done > /file\n"
+    "echo ready; reboot -f\n"
+)
+BOOT_SECONDS = 120
+
+
+async def next_hold(monitor, act):
+    """What the guest is held for after `act`."""
+    with monitor.events("SHUTDOWN") as events:
+        await act
+        hold = classify(await events.next(BOOT_SECONDS))
+    assert await monitor.query_status() == "shutdown"
+    return hold
+
+
+def content(file):
+    """All of a backing file's pages that are there."""
+    return file.path.read_bytes()
+
+
+@pytest.mark.parametrize(("firmware", "rounds"), [("seabios", 4), ("ovmf", 2)])
+def test_a_guest_that_reboots_itself_is_held_scrubbed_and_goes_on(place, judge, firmware, rounds):
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            addresses = await monitor.address_map(256 * MIB)
+            limits = scrubbable_ram(firmware, addresses)
+            act = monitor.cont()
+            for booted in range(1, rounds + 1):
+                assert await next_hold(monitor, act) == Hold(Cause.REBOOT, "guest-reset")
+                # A phantom, the firmware's own reset, would be held before the guest had booted again.
+                assert place.console().count("ready") == booted
+                ram = place.memory.files["ram"]
+                assert SECRET in content(ram)
+                descriptor = ram.open()
+                try:
+                    assert scrub(descriptor, str(ram.path), limits) > 10 * MIB
+                finally:
+                    os.close(descriptor)
+                assert SECRET[:-1] not in await judge(monitor, 0, 256 * MIB)
+                act = resume_after_hold(monitor, firmware)
+            assert await act is True
+            await place.said("booted", rounds + 1)
+
+    with place.launch(place.describe(REBOOTS, firmware=firmware)) as process:
+        asyncio.run(run())
+
+
+def test_without_the_second_reset_of_seabios_a_phantom_would_be_held(place):
+    """Why resume_after_hold waits; if this fails, SeaBIOS or QEMU have changed, and the wait may go."""
+
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            await next_hold(monitor, monitor.cont())
+            with monitor.events("SHUTDOWN") as events:
+                assert await resume_after_hold(monitor, "seabios", second_reset_seconds=0) is False
+                assert classify(await events.next(BOOT_SECONDS)).cause is Cause.REBOOT
+            assert place.console().count("booted") == 1
+
+    with place.launch(place.describe(REBOOTS)) as process:
+        asyncio.run(run())
+
+
+def test_a_guest_that_is_paused_by_the_user_is_not_reset(place):
+    """system_reset of a running guest is held like its own reboot."""
+
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            await monitor.cont()
+            await place.said("booted")
+            with monitor.events("SHUTDOWN") as events:
+                await monitor.execute("system_reset")
+                assert classify(await events.next(BOOT_SECONDS)) == Hold(Cause.REBOOT, "host-qmp-system-reset")
+            assert await resume_after_hold(monitor, "seabios")
+            await place.said("booted", 2)
+
+    with place.launch(place.describe("echo booted; while true; do sleep 1; done\n")) as process:
+        asyncio.run(run())
+
+
+POWEROFF = "poweroff -f\n"
+PANIC = """\
+for device in /sys/bus/pci/devices/*; do
+  [ "$(cat $device/vendor) $(cat $device/device)" = "0x1b36 0x0011" ] || continue
+  echo 1 > $device/enable
+  set -- $(cat $device/resource)
+  devmem $1 8 1 # what the driver does when the kernel panics
+done
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "extra", "hold"),
+    [
+        (POWEROFF, (), Hold(Cause.POWEROFF, "guest-shutdown")),
+        (PANIC, ("-device", "pvpanic-pci"), Hold(Cause.PANIC, "guest-panic")),
+    ],
+    ids=["poweroff", "panic"],
+)
+def test_poweroff_and_panic_are_held_too_and_can_go_on(place, script, extra, hold):
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            assert await next_hold(monitor, monitor.cont()) == hold
+            assert await resume_after_hold(monitor, "seabios")
+            await place.said("booted", 2)
+
+    with place.launch(place.describe("echo booted\n" + script, extra=extra)) as process:
+        asyncio.run(run())
+
+
+def test_a_hold_that_nobody_heard_is_found_by_the_next_supervisor(place):
+    async def begin():
+        async with await Monitor.connect(process) as monitor:
+            await monitor.cont()
+
+    async def heard():
+        async with asyncio.timeout(BOOT_SECONDS):
+            while b'"SHUTDOWN"' not in place.folder.journal_output.read_bytes():
+                await asyncio.sleep(0.02)
+
+    async def take_over(found):
+        async with await Monitor.connect(found) as monitor:
+            await hold_on_reset(monitor)
+            journal = place.folder.journal_output.read_bytes
+            assert pending(await monitor.query_status(), journal()) == Hold(Cause.REBOOT, "guest-reset")
+            # And again, as if this supervisor had died after its reset and before it let the guest go on.
+            await monitor.execute("set-action", reboot="reset")
+            with monitor.events("RESET") as resets:
+                await monitor.execute("system_reset")
+                await resets.next(BOOT_SECONDS)
+            assert pending(await monitor.query_status(), journal()) == Hold(Cause.REBOOT, "guest-reset")
+            assert await next_hold(monitor, resume_after_hold(monitor, "seabios")) == Hold(Cause.REBOOT, "guest-reset")
+            assert place.console().count("ready") == 2
+            assert await resume_after_hold(monitor, "seabios")
+            assert pending(await monitor.query_status(), journal()) is None
+
+    with place.launch(place.describe(REBOOTS)) as process:
+        asyncio.run(begin())
+        asyncio.run(heard())
+    with Qemu.find(place.folder) as found:
+        asyncio.run(take_over(found))
+
+
+def test_resets_are_held_again_after_a_resume_that_failed(place):
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            await next_hold(monitor, monitor.cont())
+            refused = monitor.execute
+
+            async def execute(command, /, **arguments):
+                if command == "system_reset":
+                    raise DeadlineError("VM demo: it takes too long")
+                return await refused(command, **arguments)
+
+            monitor.execute = execute
+            with pytest.raises(DeadlineError, match="takes too long"):
+                await resume_after_hold(monitor, "seabios")
+            monitor.execute = refused
+            # With reboot=reset QEMU would reset the guest here, instead of asking for a shutdown once more.
+            with monitor.events("SHUTDOWN", "RESET") as events:
+                await monitor.execute("system_reset")
+                assert (await events.next(BOOT_SECONDS)).name == "SHUTDOWN"
+
+    with place.launch(place.describe(REBOOTS)) as process:
+        asyncio.run(run())
+
+
+def test_uefi_variables_are_the_vms_own_copy(place):
+    firm = find("demo", "ovmf")
+    assert firm.code is not None and firm.template is not None
+    code, template = place.root / "code.fd", place.root / "vars.fd"
+    shutil.copy(firm.code, code)
+    shutil.copy(firm.template, template)
+    before = template.read_bytes()
+    description = place.describe("echo booted\npoweroff -f\n", firmware=FirmwareFiles(code, template))
+
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            assert (await next_hold(monitor, monitor.cont())).cause is Cause.POWEROFF
+
+    with place.launch(description) as process:
+        asyncio.run(run())
+        process.kill()
+    from base.disk import Disk
+
+    own = variables("demo", find("demo", description.firmware), place.root, Disk())
+    assert own is not None and own.read_bytes() != before
+    assert template.read_bytes() == before
+    listed = subprocess.run(["stat", "-c", "%a", str(own)], capture_output=True, text=True, check=True)
+    assert listed.stdout.strip() == "600"
