@@ -23,7 +23,7 @@ REBOOTS = (
     "secret=secret-7f3a9c; i=0; while [ $i -lt 10000 ]; do echo $secret-$secret-$secret; i=$((i + 1)); done > /file\n"
     "echo ready; reboot -f\n"
 )
-BOOT_SECONDS = 120
+BOOT_SECONDS = 8
 
 
 async def next_hold(monitor, act):

@@ -405,7 +405,7 @@ def test_a_merge_killed_at_any_step_loses_nothing_and_goes_on(tmp_path):
             with env.write() as txn:
                 index.drop_packs(txn, np.array([4], np.uint32))
         kills = 0
-        while in_killed_child(tmp_path, lambda _, index: merge_all(index), kills % 20):
+        while in_killed_child(tmp_path, lambda _, index: merge_all(index), kills % 40):
             kills += 1
             with opened(tmp_path) as (env, index):
                 found = [set(lookup(env, index, random_ids(number, 33))["pack"].tolist()) for number in range(1, 12)]
