@@ -162,12 +162,16 @@ class Catalog:
 
     def latest(self, txn: lmdb.Transaction, name: str, back: int = 0) -> Generation:
         """The newest generation of a VM, or the one `back` before it. Raises NotFoundError."""
-        found = self.generations(txn, name)
-        if not found:
+        vm = self.vm(txn, name)
+        seen = 0
+        if vm is not None:
+            for key, value in self._newest_first(txn, vm[0]):
+                if seen == back:
+                    return self._generation(key, value)
+                seen += 1
+        if not seen:
             raise NotFoundError(f"no VM {name} in this repository")
-        if back >= len(found):
-            raise NotFoundError(f"VM {name} has only {len(found)} generations")
-        return found[-1 - back]
+        raise NotFoundError(f"VM {name} has only {seen} generations")
 
     def by_prefix(self, txn: lmdb.Transaction, prefix: str) -> list[Generation]:
         """Generations whose id begins with these hex digits, at most two (to tell that it is ambiguous)."""
@@ -197,6 +201,13 @@ class Catalog:
 
     def _delete(self, txn: lmdb.Transaction, database: str, key: bytes) -> None:
         txn.delete(key, db=self._environment.database(database))
+
+    def _newest_first(self, txn: lmdb.Transaction, vm_id: bytes) -> Iterator[tuple[bytes, bytes]]:
+        with txn.cursor(db=self._environment.database("generations")) as cursor:
+            found = cursor.prev() if cursor.set_range(vm_id + b"\xff" * 9) else cursor.last()
+            while found and bytes(cursor.key())[:16] == vm_id:
+                yield bytes(cursor.key()), bytes(cursor.value())
+                found = cursor.prev()
 
     def _items(self, txn: lmdb.Transaction, database: str) -> Iterator[tuple[bytes, bytes]]:
         return self._scan(txn, database, b"")

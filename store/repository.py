@@ -206,9 +206,9 @@ class Repository:
 
     def latest(self, vm: str) -> Generation | None:
         """The newest generation of a VM, None if it has none."""
-        with self.environment.read() as txn:
-            found = self.catalog.generations(txn, vm)
-        return found[-1] if found else None
+        with self.environment.read() as txn, suppress(NotFoundError):
+            return self.catalog.latest(txn, vm)
+        return None
 
     def resolve(self, point: str) -> Generation:
         """A generation from `VM@N`, `VM@latest`, `VM@-1` or a prefix of its id. Raises UsageError, NotFoundError."""

@@ -48,7 +48,7 @@ def command_line(
         str(platform.binary),
         *("-name", f"guest={vm.name},process=perdure-{vm.name}", "-uuid", platform.uuid),
         *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
-        *("-action", "reboot=shutdown,shutdown=pause,panic=shutdown"),
+        *("-action", "reboot=shutdown,shutdown=pause,panic=pause"),
         *("-accel", platform.accelerator, "-cpu", platform.cpu, "-smp", str(vm.cpus)),
         *_machine(vm, platform, files),
         *_channels(folder),

@@ -1,8 +1,9 @@
 """The held reboot: why the guest is stopped, what of its memory may be scrubbed, how it goes on.
 
-QEMU runs with `-action reboot=shutdown,shutdown=pause,panic=shutdown`, so that every reboot, poweroff and panic of
-the guest stops it with one SHUTDOWN event, whose reason says which it was. Scrubbing comes before `resume_after_hold`,
-since the reset reloads firmware and option ROMs into guest memory.
+QEMU runs with `-action reboot=shutdown,shutdown=pause,panic=pause`: every reboot and poweroff of the guest stops it
+with a SHUTDOWN event, whose reason says which it was, and a panic with GUEST_PANICKED (also with panic=shutdown: no
+SHUTDOWN comes while shutdown=pause). Scrubbing comes before `resume_after_hold`, since the reset reloads firmware
+and option ROMs into guest memory.
 
 The coroutines belong to the monitor's event loop; the rest is pure.
 
@@ -29,6 +30,11 @@ from vm.monitor import DeadlineError, Event, Events, Monitor
 RESET_SECONDS = 10
 SECOND_RESET_SECONDS = 5
 """SeaBIOS resets again some 30 ms after the guest goes on; this is for a host that is busy."""
+
+HOLD_EVENTS = ("SHUTDOWN", "GUEST_PANICKED")
+"""What to listen for, and to give to `classify`."""
+HELD_STATES = ("shutdown", "guest-panicked")
+"""QEMU's run states while the guest is held."""
 
 SEABIOS_KEPT = (0xC0000, 0x100000)
 """Guest-physical range that SeaBIOS runs from after a reset: the chipset still shows memory there and not the ROM,
@@ -62,8 +68,8 @@ class Hold:
 
 
 def classify(event: Event) -> Hold:
-    """What a SHUTDOWN event means."""
-    reason = str(event.data.get("reason", "unknown"))
+    """What one of HOLD_EVENTS means."""
+    reason = "guest-panic" if event.name == "GUEST_PANICKED" else str(event.data.get("reason", "unknown"))
     return Hold(_CAUSES.get(reason, Cause.TERMINATION), reason)
 
 
@@ -73,11 +79,11 @@ def pending(status: str, journal: bytes) -> Hold | None:
     `status` is QEMU's run state, `journal` the event journal (its end is enough). None if the guest is not held.
     A supervisor may have died between its reset and letting the guest go on (`prelaunch`): all of it is done again.
     """
-    if status not in ("shutdown", "prelaunch"):
+    if status not in (*HELD_STATES, "prelaunch"):
         return None
     for line in reversed(journal.splitlines()):
         event = _event(line)
-        if event is not None and event.name == "SHUTDOWN":
+        if event is not None and event.name in HOLD_EVENTS:
             return classify(event)
         if event is not None and event.name == "RESUME":
             return None
@@ -86,7 +92,7 @@ def pending(status: str, journal: bytes) -> Hold | None:
 
 async def hold_on_reset(monitor: Monitor) -> None:
     """From now on the guest's resets are held, whatever was set before: for a VM that is taken over."""
-    await monitor.execute("set-action", reboot="shutdown", shutdown="pause", panic="shutdown")
+    await monitor.execute("set-action", reboot="shutdown", shutdown="pause", panic="pause")
 
 
 async def resume_after_hold(

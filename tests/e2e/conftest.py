@@ -152,7 +152,6 @@ def place(guest_image: GuestImage, short_folder: Path) -> Iterator[Place]:
     """Room for one VM, named demo."""
     made = Place("demo", guest_image, short_folder)
     yield made
-    print("CONSOLE", made.console(), made.folder.journal_output.read_text())
     made.remove()
 
 

@@ -10,7 +10,17 @@ import pytest
 from restore.scrub import scrub
 from vm.config import FirmwareFiles
 from vm.firmware import find, variables
-from vm.hold import Cause, Hold, classify, hold_on_reset, pending, resume_after_hold, scrubbable_ram
+from vm.hold import (
+    HELD_STATES,
+    HOLD_EVENTS,
+    Cause,
+    Hold,
+    classify,
+    hold_on_reset,
+    pending,
+    resume_after_hold,
+    scrubbable_ram,
+)
 from vm.monitor import DeadlineError, Monitor
 from vm.qemu import Qemu
 
@@ -23,15 +33,15 @@ REBOOTS = (
     "secret=secret-7f3a9c; i=0; while [ $i -lt 10000 ]; do echo $secret-$secret-$secret; i=$((i + 1)); done > /file\n"
     "echo ready; reboot -f\n"
 )
-BOOT_SECONDS = 8
+BOOT_SECONDS = 120
 
 
 async def next_hold(monitor, act):
     """What the guest is held for after `act`."""
-    with monitor.events("SHUTDOWN") as events:
+    with monitor.events(*HOLD_EVENTS) as events:
         await act
         hold = classify(await events.next(BOOT_SECONDS))
-    assert await monitor.query_status() == "shutdown"
+    assert await monitor.query_status() in HELD_STATES
     return hold
 
 
@@ -122,6 +132,7 @@ def test_poweroff_and_panic_are_held_too_and_can_go_on(place, script, extra, hol
     async def run():
         async with await Monitor.connect(process) as monitor:
             assert await next_hold(monitor, monitor.cont()) == hold
+            assert pending(await monitor.query_status(), place.folder.journal_output.read_bytes()) == hold
             assert await resume_after_hold(monitor, "seabios")
             await place.said("booted", 2)
 

@@ -331,8 +331,11 @@ def test_events_reach_the_guest_now_or_with_the_next_connection(host, guest):
     host.do(host.channel.resumed, 6)
     again = host.accept()
     assert again.message()["generation"] == 6
-    assert again.call("query")["ok"]  # and nothing was said twice
+    assert again.call("query")["ok"]
     again.close()
+    third = host.accept()
+    assert third.call("query")["ok"]  # and nothing was said twice
+    third.close()
 
 
 def test_a_repeated_checkpoint_is_one_checkpoint(host, guest):
@@ -421,6 +424,7 @@ def test_logs_of_a_noisy_guest_are_few(host, guest):
     guest.send(b"garbage\n" * 1000)
     for _ in range(1000):
         guest.refused()
+    assert len(host.logged) == 10  # after 1, 2, 4 ... 512 of them
     host.supervisor.raises = ZeroDivisionError("x" * 100_000)
     for _ in range(100):
         guest.call("mark", address=DATA, size=PAGE)
@@ -487,6 +491,38 @@ def test_the_rate_is_bounded_and_the_excess_is_left_in_the_socket():
     finally:
         guest.close()
         host.close()
+
+
+def test_bytes_without_a_line_have_a_rate_too():
+    host = Host(requests_per_second=100)
+    guest = host.accept()
+    try:
+        began = time.monotonic()
+        guest.send(b"x" * (64 * LINE_BYTES_MAX) + b"\n")
+        assert guest.refused() == (0, "malformed")
+        assert guest.call("query")["ok"]
+        assert time.monotonic() - began > (64 - protocol.REQUEST_BURST) / 100 * 0.9
+    finally:
+        guest.close()
+        host.close()
+
+
+def test_a_page_does_not_end_between_two_entries_of_one_address(monkeypatch):
+    entries = []
+    for number in range(8):
+        where = number << 30
+        entries.append(RegionEntry(where, 1 << 30, "reserved", None, None, f"pm{number}", "raw"))
+        entries.append(RegionEntry(where, PAGE, "persistent", "n", "o", f"pm{number}", "raw"))
+    wanted = msgspec.json.decode(msgspec.json.encode(entries))
+    for room in range(500, 2500, 20):
+        monkeypatch.setattr(protocol, "_LISTING_BYTES_MAX", room)
+        seen, start = [], None
+        while start is not None or not seen:
+            page = json.loads(protocol.encode_regions(1, entries, start))
+            assert page["regions"]
+            seen += page["regions"]
+            start = page["next"]
+        assert seen == wanted
 
 
 def test_a_path_too_long_for_a_socket_is_said_at_once(tmp_path):

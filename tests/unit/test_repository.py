@@ -1,6 +1,8 @@
 """Generations in and out, against plain bytes."""
 
+import os
 import random
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -128,6 +130,31 @@ def test_history_that_went_back_is_noticed():
             path.unlink()
         with pytest.raises(IntegrityError, match="went back"):
             where.open().close()
+
+
+def test_a_few_pages_of_a_terabyte_cost_a_few_pages():
+    """Anything that follows the region's size and not what is in it would not come to an end."""
+    with place() as where, where.open() as repository, tempfile.TemporaryFile(dir="/dev/shm") as file:
+        length = 1 << 40
+        os.ftruncate(file.fileno(), length)
+        os.pwrite(file.fileno(), b"first" * 1000, 5 * PAGE)
+        os.pwrite(file.fileno(), b"last", length - 4)
+        parent = None
+        for dirty in (None, ranges.normalise([(1 << 39, (1 << 39) + PAGE)])):
+            with repository.writer("vm", parent) as writer:
+                draft = writer.region("ram", "image", length)
+                writer.replace(draft, file.fileno(), dirty)
+                parent = writer.commit("import")
+            assert parent.dirty_bytes <= 3 * PAGE
+            assert parent.stored_bytes < 40_000
+            os.pwrite(file.fileno(), b"middle", 1 << 39)
+        first, second = repository.generations("vm")
+        assert repository.changed(first, second)["ram"].tolist() == [[1 << 39, (1 << 39) + PAGE]]
+        with GenerationReader(repository, second) as reader:
+            region = reader.region("ram")
+            assert reader.read(region, length - 4, length) == b"last"
+            assert reader.read(region, 1 << 39, (1 << 39) + 8) == b"middle\0\0"
+            assert sum(ranges.total(each) for each in reader.content(region)) == 4 * PAGE
 
 
 def test_a_keyring_that_went_back_is_noticed():

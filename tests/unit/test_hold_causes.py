@@ -33,6 +33,12 @@ def test_causes(reason, cause):
     assert classify(Event("SHUTDOWN", {"guest": True, "reason": reason}, 0.0)) == Hold(cause, reason)
 
 
+def test_a_panic_is_an_event_of_its_own():
+    panicked = Event("GUEST_PANICKED", {"action": "pause"}, 0.0)
+    assert classify(panicked) == pending("guest-panicked", line("GUEST_PANICKED", action="pause") + line("STOP"))
+    assert classify(panicked) == Hold(Cause.PANIC, "guest-panic")
+
+
 def test_the_last_shutdown_in_the_journal_counts():
     greeting = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n{"return": {}}\r\n'
     journal = greeting + line("RESUME") + REBOOT + line("RESET", guest=False) + line("RESUME") + POWEROFF
