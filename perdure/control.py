@@ -33,7 +33,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from base import errors
-from base.errors import ConflictError, NotFoundError, PerdureError, StorageError, UsageError, WorkerError, one_line
+from base.errors import (
+    ConflictError,
+    LockedError,
+    NotFoundError,
+    PerdureError,
+    StorageError,
+    UsageError,
+    WorkerError,
+    one_line,
+)
 from base.progress import Progress
 
 if TYPE_CHECKING:
@@ -246,15 +255,16 @@ async def serve(path: Path, handlers: Mapping[str, Handler], log: Callable[[str]
     """Listen on `path`, `<runtime folder>/<VM>/<name>`; the folder is made if it is missing.
 
     `log` is told of handlers that fail by other errors than ours, which the client sees as well.
-    Raises ConflictError if somebody serves there already; StorageError, also if the folder is open to other users.
+    Raises LockedError if somebody serves there already; StorageError, also if the folder is open to other users.
     """
     directory = _open_private(path.parent)
     try:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            name = path.parent.name
-            raise ConflictError(f"VM {name} has a supervisor already: see perdure status {name}") from error
+            name, holder = path.parent.name, _holder(directory)
+            who = "" if holder is None else f", process {holder}"
+            raise LockedError(f"VM {name} has a supervisor already{who}: see perdure status {name}") from error
         _remove(directory, path.name)
         server = ControlServer(path, directory, handlers, log)
         await server._start()
@@ -383,6 +393,17 @@ def _open_private(folder: Path) -> int:
     os.close(directory)
     problem = f"is open to other users (owner {found.st_uid}, mode {found.st_mode & 0o777:o}): make it yours, mode 700"
     raise StorageError(str(folder), problem)
+
+
+def _holder(directory: int) -> int | None:
+    """Process that holds the lock on an opened folder; None if the kernel does not say. Source: proc_locks(5)."""
+    facts = os.fstat(directory)
+    place = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if len(words) > 5 and words[1] == "FLOCK" and words[5] == place:
+            return int(words[4])
+    return None
 
 
 def _within(directory: int, name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from base.allocation import keep_freed_memory
 from base.errors import RepositoryMissingError
 from base.progress import Progress, silent
 from base.workers import WorkerPool, usable_cores
@@ -29,6 +30,7 @@ def repository_path(given: str | None) -> Path:
 def opened(path: Path, *, workers: bool = False, progress: Progress = silent) -> Iterator[Repository]:
     """The repository, unlocked. `workers` makes a pool first: processes are forked before LMDB is opened."""
     read_mark(path)
+    keep_freed_memory()
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
         keys = unlock(read_key_files(path), passphrase())

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from base.errors import RepositoryMissingError, UsageError
+from base.progress import Progress
 from perdure import places
 from perdure.launcher import Launcher
 from perdure.opening import opened
 from perdure.output import Output
-from perdure.supervisor import Ended, Supervisor
+from perdure.supervisor import Begin, Ended, Supervisor
 from store.records import Generation
 from store.repository import Repository
 from vm.config import Description, load
@@ -32,21 +33,14 @@ def run_vm(options: Namespace, output: Output) -> int:
     path = _repository(options.repository, description)
     folder = RuntimeFolder(description.name, places.vm_runtime(description.name))
     launcher = Launcher(description, folder, places.vm_state(description.name))
-    folder.create()
+    folder.check()
     say = _sayer(output)
     with opened(path, workers=True, progress=output.progress()) as repository:
-        generation = None
-        qemu = launcher.find()
-        if qemu is not None:
-            qemu.close()
-            if options.point or options.without_restore:
-                raise UsageError(
-                    f"VM {description.name} runs already: --from and --without-restore are for a launch "
-                    f"(to go back in time, use perdure rollback)"
-                )
-        else:
-            generation = _to_restore(options, launcher, repository, say, output)
-        ended = asyncio.run(_supervise(launcher, repository, generation, say, output))
+
+        def begin(runs: bool, progress: Progress) -> Generation | None:
+            return _to_restore(options, launcher, repository, say, runs, progress)
+
+        ended = asyncio.run(_supervise(launcher, repository, begin, say, output))
     output.result(
         {"vm": description.name, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
         lambda: [f"{description.name}: {ended.reason}"],
@@ -57,22 +51,34 @@ def run_vm(options: Namespace, output: Output) -> int:
 async def _supervise(
     launcher: Launcher,
     repository: Repository,
-    generation: Generation | None,
+    begin: Begin,
     say: Callable[[str], None],
     output: Output,
 ) -> Ended:
-    return await Supervisor(launcher, repository, say, output.progress()).run(generation)
+    return await Supervisor(launcher, repository, say, output.progress()).run(begin)
 
 
 def _to_restore(
-    options: Namespace, launcher: Launcher, repository: Repository, say: Callable[[str], None], output: Output
+    options: Namespace,
+    launcher: Launcher,
+    repository: Repository,
+    say: Callable[[str], None],
+    runs: bool,
+    progress: Progress,
 ) -> Generation | None:
     """What a launch begins with. Memory that a dead QEMU left is captured first, or dropped if the user says so."""
     name = launcher.description.name
+    if runs:
+        if options.point or options.without_restore:
+            raise UsageError(
+                f"VM {name} runs already: --from and --without-restore are for a launch "
+                f"(to go back in time, use perdure rollback)"
+            )
+        return None
     if options.discard:
         launcher.drop_left_memory()
     else:
-        saved = launcher.salvage(repository, output.progress())
+        saved = launcher.salvage(repository, progress)
         if saved is not None:
             say(f"{name} had ended without a capture: its memory is {saved.generation.name} now")
     if options.without_restore:

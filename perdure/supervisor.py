@@ -37,6 +37,9 @@ _TIDY_SECONDS = 0.2
 T = TypeVar("T")
 """Result of work that is sent to the repository's thread."""
 
+Begin = Callable[[bool, Progress], Generation | None]
+"""Called in the repository's thread once the VM is ours: given whether it runs already, says what a launch restores."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -47,6 +50,10 @@ class Ended:
     interrupted: bool = False
     failed: bool = False
     generation: int | None = None
+
+
+class _LeavingError(PerdureError):
+    """A start was interrupted."""
 
 
 class Supervisor:
@@ -66,6 +73,7 @@ class Supervisor:
         self._machine: Machine | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._tidying: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._requests = Requests(self)
 
     @property
@@ -75,20 +83,21 @@ class Supervisor:
             raise ConflictError(f"VM {self.vm} is {self.state}: try again in a moment")
         return self._machine
 
-    async def run(self, generation: Generation | None) -> Ended:
-        """Supervise until the VM ends or this process is told to leave it; `generation` is restored at a launch."""
+    async def run(self, begin: Begin) -> Ended:
+        """Supervise until the VM ends or this process is told to leave it.
+
+        Raises LockedError if the VM has a supervisor; nothing of it is touched before that is known.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupted, number)
         try:
             async with await serve(self.launcher.folder.control, self._requests.commands(), self.say):
                 async with self._operation:
-                    qemu = self.launcher.find()
-                    if qemu is not None:
-                        await self._adopt(qemu)
-                    else:
-                        await self._launch(generation)
+                    await self._start(begin)
                 return await self._ended
+        except _LeavingError:
+            return Ended(f"{self.vm} was not started", interrupted=True)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
@@ -109,9 +118,7 @@ class Supervisor:
     ) -> Captured:
         """A generation of the running VM. Raises what capture raises; the guest runs on in any case."""
         async with self._operation:
-            machine = self.machine
-            execution = None if self.state == "held" else _Execution(machine, asyncio.get_running_loop())
-            return await self._capture(machine, cause, execution, tags, metadata, progress)
+            return await self._snapshot(cause, tags, metadata, progress)
 
     async def stop(self, *, keep: bool) -> Ended:
         """End the VM, captured first if `keep`; if that fails the guest runs on."""
@@ -167,8 +174,16 @@ class Supervisor:
         """What a user is told who leaves a running VM."""
         return f"{self.vm} runs on unsupervised: take it over with perdure run"
 
+    async def _start(self, begin: Begin) -> None:
+        qemu = self.launcher.find()
+        generation = await self.in_store(lambda: begin(qemu is not None, self._unless_leaving))
+        if qemu is not None:
+            await self._adopt(qemu)
+        else:
+            await self._launch(generation)
+
     async def _launch(self, generation: Generation | None) -> None:
-        prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, self._progress))
+        prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving))
         prepared = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
         machine = await self.launcher.launch(prepared, self.in_store)
         self._follow(machine)
@@ -252,6 +267,17 @@ class Supervisor:
             self.say(f"{self.vm} NOT CAPTURED at {cause}: {one_line(error)}")
             return None
 
+    async def _snapshot(
+        self,
+        cause: str,
+        tags: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Captured:
+        machine = self.machine
+        execution = None if self.state == "held" else _Execution(machine, asyncio.get_running_loop())
+        return await self._capture(machine, cause, execution, tags, metadata, progress)
+
     async def _capture(
         self,
         machine: Machine,
@@ -312,20 +338,26 @@ class Supervisor:
             await machine.disconnect()
 
     def _interrupted(self, number: int) -> None:
-        asyncio.ensure_future(self._leave(signal.Signals(number)))  # noqa: RUF006  # its result is `_ended`
+        if not self._leaving:
+            self._leaving = asyncio.create_task(self._leave(signal.Signals(number)))
 
     async def _leave(self, number: signal.Signals) -> None:
-        """Ctrl-C and SIGTERM: capture if the policy says so, and leave the guest running."""
-        if (
-            self._machine is not None
-            and number is signal.SIGTERM
-            and self.launcher.description.policy.capture_on_terminate
-        ):
-            try:
-                await self.snapshot("terminate")
-            except PerdureError as error:
-                self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
-        self._end(Ended(self.interrupt_reason(), detached=self._machine is not None, interrupted=True))
+        """Ctrl-C and SIGTERM: capture if the policy says so, and leave the guest running. What is under way is not
+        left half done (the guest may be stopped for it), but for a start, which gives up; see `_unless_leaving`."""
+        async with self._operation:
+            capture = number is signal.SIGTERM and self.launcher.description.policy.capture_on_terminate
+            if capture and self._machine is not None:
+                try:
+                    await self._snapshot("terminate")
+                except PerdureError as error:
+                    self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
+            self._end(Ended(self.interrupt_reason(), detached=self._machine is not None, interrupted=True))
+
+    def _unless_leaving(self, what: str, done: int, total: int) -> None:
+        """Progress of a start, which is interrupted where it reports: what it has made is taken back then."""
+        if self._leaving is not None:
+            raise _LeavingError(f"VM {self.vm}: interrupted")
+        self._progress(what, done, total)
 
     def _end(self, ended: Ended) -> None:
         self.state = "ended"

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from base.allocation import keep_freed_memory
 from base.errors import PerdureError, WorkerError
 from base.extents import Extents
 from base.workers import WorkerPool, receive_descriptor
@@ -184,6 +185,7 @@ class _ChunkerService:
 
 def serve_chunker(pipe: Connection) -> None:
     """The loop of a worker process; an error is answered, and the worker is ready for the next generation."""
+    keep_freed_memory()
     service = _ChunkerService(pipe)
     while True:
         what, *arguments = pipe.recv()
