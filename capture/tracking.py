@@ -44,10 +44,11 @@ def start_tracking(
 ) -> Tracking:
     """Choose trackers for the regions in `files` (name to backing file) and begin.
 
-    Where the journal names a baseline, an earlier supervisor's tracking goes on; else everything is armed anew.
-    `running`: the guest may be at work; with O_DIRECT disks arming is refused then (ConflictError). `restored`: the
-    generation that memory holds, exactly, in a QEMU whose guest has not run: the baseline. With `auto`, a userfaultfd
-    that cannot be had leads to scan, with that as the reason. Raises ConflictError, StorageError, VirtualMachineError.
+    Where the journal names a baseline, an earlier supervisor's tracking goes on. Else everything is armed anew: at
+    once, or, where disks read with O_DIRECT and the guest may be `running`, by the first collection inside a stop,
+    which finds nothing armed. `restored`: the generation that memory holds, exactly, in a QEMU whose guest has not
+    run: the baseline. With `auto`, a userfaultfd that cannot be had leads to scan, with that as the reason. Raises
+    ConflictError (`wanted` cannot be had), StorageError, VirtualMachineError.
     """
     choice = choose(facts, wanted)
     if choice.kind == "userfaultfd":
@@ -82,7 +83,7 @@ def _follow(
         if journal.baseline is not None and restored is None:
             for each in trackers.values():
                 each.take_over()
-        else:
+        elif not (running and choice.direct_io):
             journal.begin_collect()
             for each in trackers.values():
                 each.arm(running=running)

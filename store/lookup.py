@@ -183,11 +183,10 @@ class IndexReader:
         ends = np.cumsum(lengths)
         entry, seen = np.empty(int(lengths.sum()), np.intp), np.empty(int(lengths.sum()), np.uint64)
         prefixes: list[Prefixes] = []
-        firsts = [run.skip if at == 0 else 0 for at in wanted.tolist()]
-        for at, first, start, end, to in zip(
-            wanted.tolist(), firsts, low[wanted].tolist(), high[wanted].tolist(), ends.tolist(), strict=True
+        for at, start, end, to in zip(
+            wanted.tolist(), low[wanted].tolist(), high[wanted].tolist(), ends.tolist(), strict=True
         ):
-            prefix = self.prefix(txn, run, at)[first:]
+            prefix = self.prefix(txn, run, at)
             prefixes.append(prefix)
             if end - start >= _MANY:
                 np.add.reduce(prefix[::8])
@@ -200,7 +199,6 @@ class IndexReader:
         for number in np.flatnonzero(np.diff(edges, prepend=0)).tolist():
             mine = hits[edges[number - 1] if number else 0 : edges[number]]
             rest, location = self.body(txn, run, int(wanted[number]))
-            rest, location = rest[firsts[number] :], location[firsts[number] :]
             for chosen, entries in runs.matches(prefixes[number], rest, queries, asked[mine], entry[mine]):
                 yield chosen, location.take(entries)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from store import parts, runs
 from store.lookup import IndexReader
-from store.parts import DamagedValueError, Dead, Role, Run, State
+from store.parts import DamagedValueError, Dead, Role, Run
 from store.runs import Columns
 
 if TYPE_CHECKING:
@@ -67,16 +67,17 @@ def plan(index: IndexReader, txn: lmdb.Transaction, mac_key: bytes) -> Step | No
     state, dead = index.state(txn), index.dead(txn)
     everything = index.runs(txn)
     inputs = choose(everything, int(dead.serials.max()) if len(dead.packs) else 0)
+    if inputs is None and len(dead.packs):
+        # No run holds anything of them any more, nor does any that is added meanwhile.
+        return Step({parts.DEAD_KEY: index.get(txn, parts.DEAD_KEY)}, deletes=[("runs", parts.DEAD_KEY)])
     if inputs is None:
-        return _forget(index, txn, everything, state, dead, mac_key)
+        return None
     step = Step({each.key(): index.get(txn, each.key()) for each in inputs})
-    step.expected[parts.DEAD_KEY] = index.get(txn, parts.DEAD_KEY)
-    step.expected[parts.STATE_KEY] = index.get(txn, parts.STATE_KEY)
     if inputs[0].merge:
-        del step.expected[parts.STATE_KEY]  # commits may go on
         output = _output(everything, inputs[0].merge)
         step.expected[output.key()] = index.get(txn, output.key())
     else:
+        step.expected[parts.STATE_KEY] = index.get(txn, parts.STATE_KEY)
         output = parts.new_run(state.next_run, state.serial, merge=state.next_run, role=Role.OUTPUT)
         inputs = [replace(each, merge=output.number, role=Role.INPUT) for each in inputs]
         state = replace(state, next_run=state.next_run + 1)
@@ -173,21 +174,3 @@ def _window(index: IndexReader, txn: lmdb.Transaction, cursor: _Cursor) -> tuple
             break
         at, skip = at + 1, 0
     return runs.join(pieces), at == len(cursor.run.fences)
-
-
-def _forget(
-    index: IndexReader, txn: lmdb.Transaction, everything: list[Run], state: State, dead: Dead, mac_key: bytes
-) -> Step | None:
-    """Once no run holds anything of dropped packs, they need not be remembered.
-
-    A run that is added meanwhile is clean of them too, so the runs may change.
-    """
-    left = dead.after(min((each.clean for each in everything), default=state.serial))
-    if len(left.packs) == len(dead.packs):
-        return None
-    step = Step({parts.DEAD_KEY: index.get(txn, parts.DEAD_KEY)})
-    if len(left.packs):
-        step.puts.append(("runs", parts.DEAD_KEY, parts.encode_dead(left, mac_key)))
-    else:
-        step.deletes.append(("runs", parts.DEAD_KEY))
-    return step

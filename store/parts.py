@@ -142,11 +142,6 @@ class Dead:
         order = np.argsort(everything)
         return Dead(everything[order], serials[order])
 
-    def after(self, serial: int) -> Dead:
-        """Those that were dropped later than this."""
-        keep = self.serials > serial
-        return Dead(self.packs[keep], self.serials[keep])
-
 
 NONE_DEAD = Dead(np.empty(0, np.uint32), np.empty(0, np.uint64))
 

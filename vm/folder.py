@@ -21,14 +21,18 @@ class RuntimeFolder:
     vm: str
     path: Path
 
-    def create(self) -> None:
-        """Make the folder, private. Raises StorageError, and UsageError if sockets in it would have too long names."""
+    def check(self) -> None:
+        """Raises UsageError if sockets in the folder would have too long names."""
         longest = max(len(str(socket).encode()) for socket in (self.monitor, self.agent, self.control))
         if longest > SOCKET_PATH_BYTES_MAX:
             raise UsageError(
                 f"VM {self.vm}: a socket in {self.path} would have a path of {longest} bytes, and no more than "
                 f"{SOCKET_PATH_BYTES_MAX} are possible: set PERDURE_STATE_DIR to a shorter path, or shorten the name"
             )
+
+    def create(self) -> None:
+        """Make the folder, private. Raises StorageError, and UsageError as `check`."""
+        self.check()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path.chmod(0o700)  # it may be from a time with another umask

@@ -29,7 +29,7 @@ from guest_fixtures import load
 from judge import Judge
 
 client = load(Path(__file__).resolve().parents[1] / "guest" / "client.py")
-GuestShell = client.GuestShell
+GuestShell, GuestGoneError = client.GuestShell, client.GuestGoneError
 
 MIB = 1 << 20
 PAGE = 4096

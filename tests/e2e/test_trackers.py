@@ -268,6 +268,26 @@ def test_no_page_is_missed_with_disk_reads_in_flight(launch, short_folder, cache
         assert guest.disk_bytes_read() - read_before > 64 << 20
 
 
+def test_under_a_running_guest_with_direct_reads_tracking_begins_at_the_first_stop(launch):
+    guest = launch("none")
+    guest.boot()
+    with begin(guest, running=True) as tracking:
+        if kernel_is_old(tracking):
+            return
+        tracker = tracking.trackers["ram"]
+        guest("stop")
+        assert tracker.collect(running=False).extents is None
+        before = guest.image()
+        tracker.committed()
+        guest("cont")
+        guest.churn(20)
+        guest("stop")
+        dirty, after = tracker.collect(running=False).extents, guest.image()
+        assert dirty is not None
+        assert missed(before, after, dirty) == []
+        assert extents.total(dirty) < MEMORY // 4
+
+
 def test_what_came_since_the_previous_collection_is_told_apart(launch):
     guest = launch("writeback")
     with begin(guest, running=False) as tracking:

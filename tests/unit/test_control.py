@@ -23,6 +23,7 @@ from base.errors import (
     ConfigurationError,
     ConflictError,
     IntegrityError,
+    LockedError,
     NotFoundError,
     PerdureError,
     StorageError,
@@ -303,7 +304,7 @@ def test_a_socket_that_a_dead_supervisor_left_is_taken_over(path):
 def test_a_second_supervisor_is_refused_and_the_first_unharmed(path):
     second = Supervisor(path)
     try:
-        with pytest.raises(ConflictError, match="VM demo has a supervisor already"):
+        with pytest.raises(LockedError, match=f"VM demo has a supervisor already, process {os.getpid()}: "):
             second.start()
     finally:
         second.close()

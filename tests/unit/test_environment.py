@@ -394,6 +394,25 @@ def test_a_discarded_index_is_noticed_by_other_processes(tmp_path):
             assert [child.stdout.readline() for _ in range(3)] == ["noticed\n", "noticed\n", "b'new'\n"]
 
 
+def test_a_lock_file_left_by_a_discard_that_was_killed_is_not_used(tmp_path):
+    code = (
+        "def put(value):\n"
+        "    with env.write() as txn: txn.put(b'a', value, db=env.database('meta'))\n"
+        "for number in range(9): put(b'%d' % number)\n"
+        "print('written', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    with child_process(tmp_path, code) as child:
+        assert child.stdout.readline() == "written\n"
+        before = (tmp_path / "index.lmdb-lock").stat().st_ino
+        (tmp_path / "index.lmdb").unlink()
+        with opened(tmp_path) as env:
+            assert (tmp_path / "index.lmdb-lock").stat().st_ino != before
+            for number in range(3):
+                put(env, b"b", b"%d" % number)
+                assert (get(env, b"a"), get(env, b"b")) == (None, b"%d" % number)
+
+
 def test_two_that_discard_the_same_index_discard_it_once(tmp_path):
     code = "sys.stdin.readline()\nenv.discard()\nprint('done', flush=True)\nsys.stdin.readline()\n"
     with child_process(tmp_path, code) as child:

@@ -232,6 +232,7 @@ def test_dropped_packs_are_gone_at_once_and_their_entries_in_time(tmp_path):
         add(env, index, random_ids(1, 100), places(np.full(100, 20)))
         with env.write() as txn:
             index.drop_packs(txn, np.array([3, 1, 5], np.uint32))
+        add(env, index, random_ids(3, 100), places(np.full(100, 5)))  # a mistake, and without effect
         for _ in range(2):
             found = [set(lookup(env, index, random_ids(pack, 100))["pack"].tolist()) for pack in range(1, 9)]
             assert found == [{20}, {2}, {0}, {4}, {0}, {6}, {7}, {8}]
@@ -245,6 +246,21 @@ def test_dropped_packs_are_gone_at_once_and_their_entries_in_time(tmp_path):
         with env.read() as txn:
             assert (index.size(txn).entries, index.size(txn).runs) == (0, 0)
             assert txn.stat(env.database("parts"))["entries"] == 0
+
+
+def test_dropped_packs_do_not_come_back_with_small_runs_that_a_commit_absorbs(tmp_path):
+    with opened(tmp_path) as (env, index):
+        for pack in range(1, 4):
+            add(env, index, random_ids(pack, 10), places(np.full(10, pack)))
+        with env.write() as txn:
+            index.drop_packs(txn, np.array([2], np.uint32))
+        add(env, index, random_ids(4, 10), places(np.full(10, 4)))
+        assert count_of_runs(env, index) == 1
+        merge_all(index)
+        with env.read() as txn:
+            assert not len(index.dead(txn).packs)
+        found = [set(lookup(env, index, random_ids(pack, 10))["pack"].tolist()) for pack in range(1, 5)]
+        assert found == [{1}, {0}, {3}, {4}]
 
 
 def test_a_snapshot_stays_as_it_was_while_others_add_drop_and_merge(tmp_path):
@@ -302,7 +318,7 @@ def test_a_step_that_was_overtaken_is_planned_again(tmp_path, monkeypatch):
                 overtaken.append(True)
                 other = Index(env, KEY)
                 monkeypatch.setattr(merging, "plan", plan)
-                other.merge_step()
+                assert [other.merge_step() for _ in range(3)] == [True] * 3
                 monkeypatch.setattr(merging, "plan", slow_plan)
             return step
 

@@ -60,13 +60,13 @@ def target() -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-# The helper, slowed down between seizing and interrupting, so that signals stop the target before we do.
+# The helper, slowed down so that signals stop the target before we do, and are pending when it executes our call.
 SLOW_HELPER = """
 import sys, time
 from vm import injection
 real = injection._ptrace
 def slow(request, *arguments):
-    if request == injection._PTRACE_INTERRUPT:
+    if request in (injection._PTRACE_INTERRUPT, injection._PTRACE_SINGLESTEP):
         time.sleep(0.002)
     real(request, *arguments)
 injection._ptrace = slow
