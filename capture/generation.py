@@ -112,6 +112,8 @@ def capture(
 
     Raises StorageError, IntegrityError, WorkerError, VirtualMachineError: nothing was committed, the guest runs on.
     """
+    began = time.monotonic()
+    repository.refresh()
     with ExitStack() as stack:
         writer = stack.enter_context(repository.writer(vm, parent))
         sources = [_open(stack, writer, region, parent) for region in regions]
@@ -130,7 +132,7 @@ def capture(
         for region in regions:
             region.tracker.committed()
         journal.committed(generation.id)
-        seconds = writer.seconds
+        seconds = time.monotonic() - began
     return Captured(generation, repository.changed(parent, generation), seconds)
 
 

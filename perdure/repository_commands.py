@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +74,7 @@ def import_(options: Namespace) -> None:
                     draft = writer.region(name, "image", length)
                     writer.replace(draft, descriptor, _within(dirty.get(name), length, name), output.progress())
                 generation = writer.commit("import", tags=tuple(options.tag))
-                seconds = writer.seconds
+                seconds = time.monotonic() - repository.since
     finally:
         for descriptor in opened_files.values():
             os.close(descriptor)

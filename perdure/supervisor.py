@@ -291,7 +291,6 @@ class Supervisor:
         facts = {**machine.metadata(), **(metadata or {})}
 
         def work() -> Captured:
-            self.repository.refresh()
             return capture(
                 self.repository,
                 self.vm,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
@@ -139,6 +140,8 @@ class Repository:
     ) -> None:
         if read_mark(path) != keys.repository_id:
             raise IntegrityError(str(path / "config"), "belongs to another repository than the keys beside it")
+        self.since = time.monotonic()
+        """When it was unlocked, by the monotonic clock."""
         self.path, self.keys, self.pool = path, keys, pool
         self.leases = path / "leases"
         self.disk = disk or Disk()

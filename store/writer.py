@@ -8,7 +8,6 @@ everything. Belongs to one thread.
 from __future__ import annotations
 
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ class GenerationWriter:
 
     def __init__(self, repository: Repository, vm: str, parent: Generation | None) -> None:
         self._repository, self._vm, self._parent = repository, vm, parent
-        self._began = time.monotonic()
         sequence = repository.sequence
         self._lease = leases.take(repository.leases, sequence, f"writer of VM {vm}")
         self._nodes = NodeWriter(repository.storage, repository.keys, repository.nodes, repository.settings.pack_bytes)
@@ -148,11 +146,6 @@ class GenerationWriter:
             raise
         self._published = []
         return generation
-
-    @property
-    def seconds(self) -> float:
-        """Since this writer was made."""
-        return time.monotonic() - self._began
 
     def close(self) -> None:
         """Drop whatever is not committed, packs that became visible included, and give back the lease."""
