@@ -2,8 +2,10 @@
 
 The pool is forked before its owner opens LMDB or starts threads: neither survives a fork. Workers ignore Ctrl-C
 (their owner decides) and end when their pipe closes, so that they never outlive the process that made them. A
-worker that dies or raises is reported as WorkerError; the pool is then of no further use and is closed. Belongs
-to one thread at a time.
+worker that dies or raises is reported as WorkerError, and what it worked on is lost; `ready` then starts all of them
+anew for the next work, by spawning: that takes a second of imports, but a fork would by now carry an open LMDB and
+other threads' locks, and an owner that runs for months must not lose its workers for good. Belongs to one thread at a
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any
+from typing import Any, Literal
 
 from base.errors import PerdureError, WorkerError, one_line
 
@@ -30,28 +32,13 @@ def usable_cores() -> int:
 
 
 class WorkerPool:
-    """`count` processes that run `serve`."""
+    """`count` processes that run `serve`, a function of a module."""
 
     def __init__(self, count: int, serve: Serve) -> None:
         self.pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        context = multiprocessing.get_context("fork")
-        try:
-            for number in range(count):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_work,
-                    args=(serve, theirs, [*self.pipes, ours]),
-                    name=f"perdure-worker-{number}",
-                    daemon=True,
-                )
-                process.start()
-                theirs.close()
-                self.pipes.append(ours)
-                self._processes.append(process)
-        except BaseException:
-            self.close()
-            raise
+        self._count, self._serve = count, serve
+        self._start("fork")
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -61,6 +48,17 @@ class WorkerPool:
 
     def __len__(self) -> int:
         return len(self.pipes)
+
+    def ready(self) -> None:
+        """Start all workers anew if one of them is gone. Raises WorkerError."""
+        if all(process.is_alive() for process in self._processes):
+            return
+        self.kill()  # the others may be in the middle of what was lost
+        self.close()
+        try:
+            self._start("spawn")
+        except OSError as error:
+            raise WorkerError(f"cannot start worker processes: {error.strerror or error}") from error
 
     def send(self, worker: int, message: tuple[Any, ...]) -> None:
         """Give a message to one worker. Raises WorkerError if it is dead."""
@@ -113,6 +111,26 @@ class WorkerPool:
                 process.kill()
                 process.join()
         self.pipes, self._processes = [], []
+
+    def _start(self, method: Literal["fork", "spawn"]) -> None:
+        context = multiprocessing.get_context(method)
+        try:
+            for number in range(self._count):
+                ours, theirs = context.Pipe()
+                inherited = [*self.pipes, ours] if method == "fork" else []
+                process = context.Process(
+                    target=_work,
+                    args=(self._serve, theirs, inherited),
+                    name=f"perdure-worker-{number}",
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                self.pipes.append(ours)
+                self._processes.append(process)
+        except BaseException:
+            self.close()
+            raise
 
     def _death(self, worker: int) -> WorkerError:
         process = self._processes[worker]

@@ -95,7 +95,6 @@ class Reporter:
     ) -> None:
         self._loop, self._reader, self._writer = loop, reader, writer
         self._said = ("", 0.0)  # what progress was last told of, and when
-        self._over = False
 
     @property
     def connected(self) -> bool:
@@ -120,12 +119,8 @@ class Reporter:
 
     def _write(self, line: bytes) -> None:
         unread = self._writer.transport.get_write_buffer_size()
-        if not self._over and not self._writer.is_closing() and unread < _UNREAD_BYTES_MAX:
+        if not self._writer.is_closing() and unread < _UNREAD_BYTES_MAX:
             self._writer.write(line)
-
-    def _finish(self) -> None:
-        """From now on nothing is said: the answer is the last line."""
-        self._over = True
 
 
 class ControlServer:
@@ -191,10 +186,10 @@ class ControlServer:
         try:
             answer = await self._converse(task, reader, writer)
             writer.write(answer)
-            writer.close()
+            writer.close()  # at once: whatever a reporter still says is not sent after the answer
             await writer.wait_closed()
-        except OSError:
-            pass  # the client left before it had its answer
+        except (OSError, asyncio.CancelledError):
+            pass  # the client left, or we close; a cancelled task would be an error to asyncio's streams, which log it
         finally:
             del self._conversations[task]
             self._busy.discard(task)
@@ -214,9 +209,7 @@ class ControlServer:
             return b""
         self._busy.add(task)
         reporter = Reporter(task.get_loop(), reader, writer)
-        answer = await self._answer(line, reporter)
-        reporter._finish()
-        return answer
+        return await self._answer(line, reporter)
 
     async def _answer(self, line: bytes, reporter: Reporter) -> bytes:
         """The last line of a request. Nothing that a handler raises goes further, cancellation of us apart."""

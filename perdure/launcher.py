@@ -73,9 +73,11 @@ class _Facts(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Memory for a launch. `parent` is the generation that it holds, None if it is empty."""
+    """Memory for a launch, and the QEMU for it. `parent` is the generation that it holds, None if it is empty."""
 
     memory: Memory
+    platform: Platform
+    accelerator_reason: str
     parent: Generation | None
     restored: Restored | None
     warnings: tuple[str, ...]
@@ -114,7 +116,7 @@ class Launcher:
         done = None
         for name in _MEMORY_FOLDERS:
             folder = self.folder.path / name
-            if not Memory.exists(folder):
+            if not folder.exists():
                 continue
             if (folder / _TABLE).exists():
                 done = self._capture_left(repository, folder, progress)
@@ -124,13 +126,14 @@ class Launcher:
     def drop_left_memory(self) -> None:
         """Blocking: give back what a dead QEMU left, without a look at it."""
         for name in _MEMORY_FOLDERS:
-            if Memory.exists(self.folder.path / name):
+            if (self.folder.path / name).exists():
                 self._release(self.folder.path / name)
 
     def prepare(self, repository: Repository, generation: Generation | None, progress: Progress) -> Prepared:
         """Blocking: new backing files with the content of a generation, verified; empty ones for None.
 
-        Raises ConflictError, IntegrityError, StorageError: nothing is left then.
+        QEMU is found first: without one, nothing has to be restored. Raises ConflictError, IntegrityError,
+        StorageError, VirtualMachineError: nothing is left then.
         """
         self.folder.create()
         if generation is not None and "tags" not in generation.metadata:
@@ -139,13 +142,14 @@ class Launcher:
                 f"another generation with --from, or start with --without-restore"
             )
         problems = compare(self.description, self.measurements, generation)
+        platform, reason = self._platform()
         memory = Memory.prepare(self.description.name, self._free_folder(), self.description.backing_sizes)
         try:
             restored = None
             if generation is not None:
                 files = {name: file.path for name, file in memory.files.items() if name != RAM}
                 restored = restore_regions(repository, generation, files, progress)
-            return Prepared(memory, generation, restored, (*memory.warnings, *problems))
+            return Prepared(memory, platform, reason, generation, restored, (*memory.warnings, *problems))
         except BaseException:
             with suppress(PerdureError):
                 memory.release()
@@ -165,9 +169,8 @@ class Launcher:
         Raises VirtualMachineError and others; the memory is given back then and no QEMU is left.
         """
         try:
-            platform, reason = await elsewhere(self._platform)
-            argv = command_line(self.description, platform, self.folder, prepared.memory.files)
-            facts = _Facts(platform, prepared.memory.folder.name, reason)
+            argv = command_line(self.description, prepared.platform, self.folder, prepared.memory.files)
+            facts = _Facts(prepared.platform, prepared.memory.folder.name, prepared.accelerator_reason)
             qemu = await elsewhere(lambda: Qemu.launch(self.folder, argv, self._disk, _encode(facts)))
         except BaseException:
             await elsewhere(prepared.discard)
@@ -180,7 +183,7 @@ class Launcher:
             table = RegionTable.from_tags(
                 prepared.memory.folder / _TABLE, self.description.name, self._devices(addresses), tags
             )
-            machine = await self._attach(qemu, monitor, addresses, table, facts, prepared, elsewhere)
+            machine = await self._attach(qemu, monitor, addresses, table, prepared, elsewhere)
             await elsewhere(lambda: _verify_empty(prepared.memory, table))
             await self.before_boot(machine)
             await monitor.cont()
@@ -193,6 +196,19 @@ class Launcher:
             await elsewhere(prepared.discard)
             raise
 
+    async def began(self, qemu: Qemu) -> bool:
+        """Whether the guest of a QEMU that was found has run. Raises VirtualMachineError."""
+        if hold.began(qemu.events()):
+            return True
+        async with await Monitor.connect(qemu) as monitor:
+            return await monitor.query_status() != "prelaunch"
+
+    def undo_launch(self, qemu: Qemu) -> None:
+        """Blocking: end a QEMU whose guest has not run, and give back its memory, which is a generation's."""
+        qemu.kill()
+        qemu.close()
+        self.drop_left_memory()
+
     async def adopt(self, qemu: Qemu, repository: Repository, elsewhere: Elsewhere) -> Machine:
         """Take over a QEMU that an earlier supervisor started. Raises VirtualMachineError; QEMU is left as it is."""
         facts = _decode(qemu)
@@ -203,11 +219,11 @@ class Launcher:
             addresses = await monitor.address_map(int(self.description.memory))
             table = RegionTable.load(memory.folder / _TABLE, self.description.name, self._devices(addresses))
             for name in _MEMORY_FOLDERS:  # of a rollback that was cut short
-                if name != facts.memory and Memory.exists(self.folder.path / name):
+                if name != facts.memory and (self.folder.path / name).exists():
                     self._release(self.folder.path / name)
             parent = await elsewhere(lambda: self._parent(repository))
-            found = Prepared(memory, parent, None, memory.warnings)
-            return await self._attach(qemu, monitor, addresses, table, facts, found, elsewhere)
+            found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings)
+            return await self._attach(qemu, monitor, addresses, table, found, elsewhere)
         except BaseException:
             await monitor.disconnect()
             raise
@@ -246,7 +262,6 @@ class Launcher:
         monitor: Monitor,
         addresses: AddressMap,
         table: RegionTable,
-        facts: _Facts,
         prepared: Prepared,
         elsewhere: Elsewhere,
     ) -> Machine:
@@ -278,19 +293,19 @@ class Launcher:
         self.note_parent(prepared.parent)
         return Machine(
             description=self.description,
-            platform=facts.platform,
+            platform=prepared.platform,
             qemu=qemu,
             monitor=monitor,
             memory=prepared.memory,
             table=table,
-            holds=monitor.events("SHUTDOWN").__enter__(),
+            holds=monitor.events(*hold.HOLD_EVENTS).__enter__(),
             addresses=addresses,
             journal=journal,
             tracking=tracking,
             parent=prepared.parent,
             restored=prepared.restored.generation.number if prepared.restored else None,
             warnings=prepared.warnings,
-            accelerator_reason=facts.accelerator_reason,
+            accelerator_reason=prepared.accelerator_reason,
             measurements=self.measurements,
             note_parent=self.note_parent,
         )

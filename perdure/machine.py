@@ -83,20 +83,31 @@ class Machine:
             while True:
                 found = hold.classify(await self.holds.next())
                 # What was acted on while it was waiting here (at a take-over) is not there any more.
-                if found.cause is not hold.Cause.TERMINATION and await self.monitor.query_status() == "shutdown":
+                if found.cause is not hold.Cause.TERMINATION and await self.held():
                     return found
         except VirtualMachineError:
             if await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
                 return None
             raise
 
+    async def held(self) -> bool:
+        """Whether the guest has stopped itself, or was held for a reset, and waits."""
+        return await self.monitor.query_status() in hold.HELD_STATES
+
+    async def hold_for_reset(self) -> None:
+        """Hold the guest for a reboot: a supervisor that ends now is followed by one that goes on with it."""
+        await hold.hold_for_reset(self.monitor)
+
     async def pending_hold(self) -> hold.Hold | None:
         """The hold that began while nobody supervised."""
-        try:
-            events = self.qemu.folder.journal_output.read_bytes()
-        except OSError:
-            events = b""
-        return hold.pending(await self.monitor.query_status(), events)
+        return hold.pending(await self.monitor.query_status(), self.qemu.events())
+
+    async def go_on_if_paused(self) -> bool:
+        """Let a guest go on that was stopped for something that its supervisor did not live to finish."""
+        if await self.monitor.query_status() != "paused":
+            return False
+        await self.monitor.cont()
+        return True
 
     async def go_on_after_hold(self) -> None:
         """Reset, and let the guest boot."""

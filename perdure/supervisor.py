@@ -141,7 +141,7 @@ class Supervisor:
         """Reboot the VM from the host: capture, scrub, reset, as when the guest does it."""
         async with self._operation:
             machine = self.machine
-            await machine.stop()
+            await machine.hold_for_reset()
             return await self._go_through_reboot(machine)
 
     async def roll_back(
@@ -166,7 +166,11 @@ class Supervisor:
                 raise
             self.state = "rolling back"
             await self._quit(machine)
-            self._follow(await self.launcher.launch(head, self.in_store))
+            try:
+                self._follow(await self.launcher.launch(head, self.in_store))
+            except BaseException as error:  # there is no VM any more: the next run launches it from `head`
+                self._fail(error)
+                raise
             self.say(f"rolled back to {generation.name}: {prepared.summary}")
             return generation, head.parent or generation, captured
 
@@ -176,6 +180,10 @@ class Supervisor:
 
     async def _start(self, begin: Begin) -> None:
         qemu = self.launcher.find()
+        if qemu is not None and not await self.launcher.began(qemu):
+            unborn, qemu = qemu, None
+            await self.in_store(lambda: self.launcher.undo_launch(unborn))
+            self.say(f"{self.vm} had been launched by a supervisor that ended before the guest began: once more")
         generation = await self.in_store(lambda: begin(qemu is not None, self._unless_leaving))
         if qemu is not None:
             await self._adopt(qemu)
@@ -197,6 +205,8 @@ class Supervisor:
         waiting = await machine.pending_hold()
         if waiting is not None:
             await self._held(machine, waiting)
+        elif await machine.go_on_if_paused():
+            self.say(f"{self.vm} was paused, and goes on")
 
     def _follow(self, machine: Machine) -> None:
         self._machine = machine
@@ -211,7 +221,8 @@ class Supervisor:
                 async with self._operation:
                     if self._machine is not machine:
                         return
-                    await self._held(machine, found)
+                    if await machine.held():  # and not rebooted by a command meanwhile
+                        await self._held(machine, found)
             if self._machine is machine:
                 await self._died(machine)
         except PerdureError as error:

@@ -144,10 +144,6 @@ class Environment:
         with _descriptor(self.directory / f"{name}.role") as descriptor:
             yield _try_lock(descriptor, fcntl.LOCK_EX)
 
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
-
     def discard(self) -> None:
         """Throw the index away, because it is damaged, and close it. Call outside transactions.
 
@@ -194,7 +190,8 @@ class Environment:
                 self._databases = self._open_databases(databases)
                 self._lmdb.reader_check()
                 if alone:
-                    examination.write_marker(self._lock, "open", self.path)
+                    with suppress(OSError):  # a full disk: the old marker does not fit the file for long
+                        examination.write_marker(self._lock, "open", self.path)
                 fcntl.flock(self._lock, fcntl.LOCK_SH)  # exclusive only inside the gate, so this never waits
             except BaseException:
                 self._lmdb.close()
@@ -289,7 +286,7 @@ def file_system(path: Path, mounts: str | None = None) -> str:
     """
     if mounts is None:
         try:
-            mounts = Path("/proc/self/mountinfo").read_text()
+            mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
         except OSError:
             return ""
     best, kind = -1, ""
@@ -298,7 +295,7 @@ def file_system(path: Path, mounts: str | None = None) -> str:
         fields = before.split()
         if len(fields) < 5 or not after:
             continue
-        point = Path(fields[4].encode().decode("unicode_escape"))
+        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]))
         if path.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), after.split()[0]
     return kind

@@ -31,6 +31,7 @@ _MAGIC = 0xBEEFC0DE
 _PAGE_HEADER = struct.Struct("=QHHHH")
 _META = struct.Struct("=IIQQ")
 _DATABASE_BYTES = 48
+_MARKER_BYTES = 512
 _PROBE_SECONDS = 60.0
 _PROBE_BYTES_PER_SECOND = 10e6
 """Slower than this and the probe is taken to hang. It reads and checks about 1 GB/s from the page cache."""
@@ -98,7 +99,7 @@ def boot_id() -> str:
 def read_marker(descriptor: int) -> Marker | None:
     """The marker in an open lock file; None if there is none or it is torn."""
     try:
-        return msgspec.json.decode(os.pread(descriptor, 4096, 0), type=Marker)
+        return msgspec.json.decode(os.pread(descriptor, _MARKER_BYTES, 0), type=Marker)
     except msgspec.MsgspecError:
         return None
 
@@ -109,8 +110,7 @@ def write_marker(descriptor: int, state: str, path: Path) -> None:
     if facts is None:
         return
     data = msgspec.json.encode(Marker(state=state, boot=boot_id(), file=facts))
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, data, 0)
+    os.pwrite(descriptor, data.ljust(_MARKER_BYTES), 0)
 
 
 def distrust(path: Path, marker: Marker | None, mac_key: bytes) -> str | None:

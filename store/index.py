@@ -13,8 +13,9 @@ Invariants:
   clean up, and is continued by whoever calls next. Moving, instead of swapping at the end, also means that merging
   takes no space: beside the inputs there is never a whole copy of them.
 - `add` merges what is smaller than a part itself, so small commits never pile up. With that, and `merge_step` called
-  until there is nothing left, there are at most (FANIN - 1) runs of a size class: with n entries in all,
-  3 * (1 + log4(n / 1024)), or 25 at 20 M and 28 at 100 M. Nothing breaks above that; look-ups only get dearer.
+  until there is nothing left, there are at most FANIN - 1 = 3 runs of a size class: with n entries in all,
+  3 * (1 + log4(n / 1024)) rounded up, or 27 at 20 M and 30 at 100 M; usually half of that. While a merge is under way
+  its inputs count beside them. Nothing breaks above that; look-ups only get dearer.
 - What is read is checked: every value's MAC when this process first uses it. IndexLostError names the file; the
   caller discards the environment and fills a new one by replay.
 
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     import lmdb
 
 __all__ = ["LOCATION", "Index"]
+
+_ATTEMPTS = 3
+"""Times that a step of merging is prepared outside the write transaction before commits wait for it once."""
 
 
 class Index(IndexReader):
@@ -111,9 +115,9 @@ class Index(IndexReader):
         """One step of merging: reads a few parts and writes at most one. False: there was nothing to do.
 
         The work is done on a snapshot, so that the write transaction is short; if what it stands on has changed
-        meanwhile, it is done again. Raises IndexLostError, StorageError.
+        meanwhile, it is done again, in the end inside the transaction. Raises IndexLostError, StorageError.
         """
-        while True:
+        for _ in range(_ATTEMPTS):
             with self._environment.read() as txn, self.naming():
                 step = merging.plan(self, txn, self._key)
             if step is None:
@@ -122,6 +126,11 @@ class Index(IndexReader):
                 if all(self.get(txn, key) == value for key, value in step.expected.items()):
                     self._apply(txn, step.puts, step.deletes)
                     return True
+        with self._environment.write() as txn, self.naming():
+            step = merging.plan(self, txn, self._key)
+            if step is not None:
+                self._apply(txn, step.puts, step.deletes)
+        return step is not None
 
     def _put_run(self, txn: lmdb.Transaction, state: State, columns: Columns) -> None:
         """Store sorted columns as a new run."""

@@ -78,6 +78,7 @@ class WorkerLanes:
 
     def __init__(self, pool: WorkerPool, storage: Storage, keys: bytes, settings: PackingSettings) -> None:
         self._pool = pool
+        pool.ready()
         for worker in range(len(pool)):
             pool.send(worker, ("begin", storage, keys, settings))
 

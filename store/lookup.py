@@ -66,8 +66,11 @@ class IndexReader:
                 for run in descriptors:
                     for chosen, locations in self._search(txn, run, queries):
                         better = locations["pack"] > best["pack"][chosen]
-                        better &= ~runs.among(locations["pack"], skip)
-                        _words(best)[chosen[better]] = _words(locations)[better]
+                        if len(skip):
+                            better &= ~runs.among(locations["pack"], skip)
+                        if not better.all():
+                            chosen, locations = chosen[better], locations[better]
+                        _words(best)[chosen] = _words(locations)
                 place = np.empty(len(order), np.intp)
                 place[order] = np.arange(len(order))
                 found[start : start + len(order)] = best.take(place)
@@ -196,11 +199,22 @@ class IndexReader:
         asked = np.arange(len(entry)) + np.repeat(low[wanted] - (ends - lengths), lengths)
         hits = np.flatnonzero(seen == queries.prefix[asked])
         edges = np.searchsorted(hits, ends)
+        rest, location = np.empty((len(hits), 3), np.uint64), np.empty(len(hits), LOCATION)
+        plain = np.ones(len(hits), np.bool_)
         for number in np.flatnonzero(np.diff(edges, prepend=0)).tolist():
-            mine = hits[edges[number - 1] if number else 0 : edges[number]]
-            rest, location = self.body(txn, run, int(wanted[number]))
-            for chosen, entries in runs.matches(prefixes[number], rest, queries, asked[mine], entry[mine]):
-                yield chosen, location.take(entries)
+            mine = slice(int(edges[number - 1]) if number else 0, int(edges[number]))
+            entries = entry[hits[mine]]
+            stored, places = self.body(txn, run, int(wanted[number]))
+            if run.fences["tied"][wanted[number]]:
+                plain[mine] = False
+                for chosen, each in runs.matches(prefixes[number], stored, queries, asked[hits[mine]], entries):
+                    yield chosen, places.take(each)
+            else:
+                runs.words(stored).take(entries, axis=0, mode="clip", out=rest[mine])
+                places.take(entries, mode="clip", out=location[mine])
+        chosen = asked[hits]
+        same = runs.equal(rest, queries, chosen) & plain
+        yield (chosen, location) if same.all() else (chosen[same], location[same])
 
 
 def _words(locations: Locations) -> NDArray[np.uint32]:

@@ -22,8 +22,8 @@ RUN  database `runs`, key: "r", run (8)
         20    4  skip: entries of the first part that the merge is done with
         24    4  number of parts, p
         28    4  zero
-        32 24*p  for each part: first prefix (8), last prefix (8), number of entries (4), number (4)
-   32+24*p   16  MAC
+        32 32*p  for each part: first prefix (8), last prefix (8), number of entries (4), number (4), tied (4), zero (4)
+   32+32*p   16  MAC
 
 STATE  database `runs`, key "state": next run (8), serial of the last drop (8), MAC (16)
 DEAD   database `runs`, key "dead": for each dropped pack, ascending: pack (4), zero (4), serial (8); MAC (16)
@@ -56,7 +56,9 @@ _PREFIX, _BODY = 0, 1
 _RUN_KEY = struct.Struct(">cQ")
 _RUN = struct.Struct("<QQIIIxxxx")
 _STATE = struct.Struct("<QQ")
-_FENCE = np.dtype([("first", "<u8"), ("last", "<u8"), ("entries", "<u4"), ("number", "<u4")])
+_FENCE = np.dtype(
+    [("first", "<u8"), ("last", "<u8"), ("entries", "<u4"), ("number", "<u4"), ("tied", "<u4"), ("zero", "<u4")]
+)
 _DEAD = np.dtype([("pack", "<u4"), ("zero", "<u4"), ("serial", "<u8")])
 
 STATE_KEY, DEAD_KEY, RUN_PREFIX = b"state", b"dead", b"r"
@@ -77,7 +79,11 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's descriptor. `fences` has dtype _FENCE: first and last prefix, entries and number of each part."""
+    """A run's descriptor. `fences` has dtype _FENCE, one for each part.
+
+    A part is `tied` if some of its entries share a prefix with each other or with the part before; else each query
+    meets one entry at most, which makes look-ups simpler.
+    """
 
     number: int
     clean: int
@@ -105,8 +111,12 @@ class Run:
 
     def extended(self, columns: Columns) -> Run:
         """With one more part, which holds these entries, behind the others."""
-        number = int(self.fences["number"][-1]) + 1 if len(self.fences) else 0
-        fence = np.array([(columns.prefix[0], columns.prefix[-1], len(columns), number)], _FENCE)
+        first, last = columns.prefix[0], columns.prefix[-1]
+        number, tied = 0, bool((columns.prefix[1:] == columns.prefix[:-1]).any())
+        if len(self.fences):
+            number = int(self.fences["number"][-1]) + 1
+            tied |= bool(self.fences["last"][-1] == first)
+        fence = np.array([(first, last, len(columns), number, tied, 0)], _FENCE)
         return replace(self, fences=np.concatenate([self.fences, fence]))
 
     def trimmed(self, parts: int, skip: int) -> Run:

@@ -397,7 +397,10 @@ class Repository:
 
     def _open_environment(self, state: Path) -> Environment:
         """Open the index; one that was lost or cannot be trusted is made anew and filled by replay."""
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError.from_os(error, str(state), "make the folder") from error
         try:
             return Environment(state / "index", (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
         except IndexLostError:

@@ -168,10 +168,10 @@ def matches(
 
     `chosen` are queries whose prefix is in the column, and `entry` for each the first entry that has it.
     """
-    words = np.ascontiguousarray(rest).view(np.uint64)
+    stored = words(rest)
     repeated = _next_is_equal(prefix, entry)
     if not repeated.any():  # all but always
-        same = _equal(words, entry, queries.words, chosen)
+        same = equal(stored.take(entry, axis=0), queries, chosen)
         yield chosen[same], entry[same]
         return
     crowded = repeated & (prefix.take(entry + _FEW, mode="clip") == prefix[entry])
@@ -184,11 +184,23 @@ def matches(
             sought = np.ascontiguousarray(queries.words[chosen[members], 1:]).view("S24").ravel()
             entry[members] = np.minimum(start + np.searchsorted(group, sought), end - 1)
     while len(entry):
-        same = _equal(words, entry, queries.words, chosen)
+        same = equal(stored.take(entry, axis=0), queries, chosen)
         yield chosen[same], entry[same]
         # Those that were searched for stand at the first entry that can be theirs, so a miss ends it.
         onward = _next_is_equal(prefix, entry) & (same | ~crowded)
         chosen, entry, crowded = chosen[onward], entry[onward] + 1, crowded[onward]
+
+
+def words(rest: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Rests (n, 24) as machine words (n, 3), for equality only; a view where that is possible."""
+    return np.ascontiguousarray(rest).view(np.uint64)
+
+
+def equal(rest: NDArray[np.uint64], queries: Queries, chosen: Positions) -> NDArray[np.bool_]:
+    """Whether rests, as words (n, 3), are those of the chosen queries (n,)."""
+    wanted = queries.words.take(chosen, axis=0)
+    same = (rest[:, 0] == wanted[:, 1]) & (rest[:, 1] == wanted[:, 2]) & (rest[:, 2] == wanted[:, 3])
+    return np.asarray(same, np.bool_)
 
 
 def size_class(entries: int) -> int:
@@ -197,15 +209,6 @@ def size_class(entries: int) -> int:
     while entries > limit:
         number, limit = number + 1, limit * FANIN
     return number
-
-
-def _equal(
-    words: NDArray[np.uint64], entry: Positions, sought: NDArray[np.uint64], chosen: Positions
-) -> NDArray[np.bool_]:
-    """Whether the rests of entries, as (n, 3) words, and those of queries, as (n, 4) words, are equal."""
-    stored, wanted = words.take(entry, axis=0), sought.take(chosen, axis=0)
-    same = (stored[:, 0] == wanted[:, 1]) & (stored[:, 1] == wanted[:, 2]) & (stored[:, 2] == wanted[:, 3])
-    return np.asarray(same, np.bool_)
 
 
 def _next_is_equal(prefix: Prefixes, entry: Positions) -> NDArray[np.bool_]:

@@ -27,6 +27,7 @@ from base.errors import UsageError, one_line
 from vm import protocol
 from vm.protocol import (
     LINE_BYTES_MAX,
+    NAME_CHARACTERS_MAX,
     Checkpoint,
     Committed,
     Hello,
@@ -59,7 +60,7 @@ class GuestHandler(Protocol):
     """
 
     async def hello(self, boot_id: str, agent: str) -> Welcome:
-        """The agent has started, or found its host again."""
+        """The agent has started, or found its host again. Both texts are short and printable."""
 
     async def mark(self, address: int, size: int, name: str | None, owner: str) -> None:
         """Make a range persistent; durable on return."""
@@ -255,7 +256,8 @@ class GuestChannel:
     async def _dispatch(self, request: Request) -> bytes:
         match request:
             case Hello():
-                return protocol.encode_welcome(request.id, await self._handler.hello(request.boot_id, request.agent))
+                said = (protocol.printable(each, NAME_CHARACTERS_MAX) for each in (request.boot_id, request.agent))
+                return protocol.encode_welcome(request.id, await self._handler.hello(*said))
             case Mark():
                 await self._handler.mark(request.address, request.size, request.name, request.owner or GUEST)
                 return protocol.encode_done(request.id)

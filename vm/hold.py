@@ -90,6 +90,19 @@ def pending(status: str, journal: bytes) -> Hold | None:
     return None
 
 
+def began(journal: bytes) -> bool:
+    """Whether the event journal tells of a guest that has run, or that somebody did something with."""
+    events = (_event(line) for line in journal.splitlines())
+    return any(event is not None and event.name in (*HOLD_EVENTS, "RESUME", "STOP", "RESET") for event in events)
+
+
+async def hold_for_reset(monitor: Monitor) -> None:
+    """Hold the guest as a reboot of its own would, journal entry included. Raises VirtualMachineError."""
+    with monitor.events("SHUTDOWN") as events:
+        await monitor.execute("system_reset")
+        await events.next(RESET_SECONDS)
+
+
 async def hold_on_reset(monitor: Monitor) -> None:
     """From now on the guest's resets are held, whatever was set before: for a VM that is taken over."""
     await monitor.execute("set-action", reboot="shutdown", shutdown="pause", panic="pause")

@@ -160,6 +160,13 @@ class Qemu:
         lines = [re.sub(rf"^\S*{name}: ", "", line.strip()) for line in text.splitlines() if line.strip()]
         return "; ".join(lines[-_LAST_LINES:])
 
+    def events(self) -> bytes:
+        """The event journal; empty if there is none."""
+        try:
+            return self.folder.journal_output.read_bytes()
+        except OSError:
+            return b""
+
     def close(self) -> None:
         """Let go of the process without ending it."""
         for descriptor in (self._pidfd, self._journal):

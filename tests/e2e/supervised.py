@@ -145,6 +145,7 @@ extra = [
     "-qmp", "unix:{self.folder}/{judge.SOCKET},server=on,wait=off",
     "-chardev", "socket,id=test,path={self.folder}/test.sock,server=on,wait=off",
     "-device", '{{"driver":"virtserialport","chardev":"test","name":"org.perdure.test.0"}}',
+    "-device", "pvpanic-pci",
 ]
 {settings}
 [[region]]

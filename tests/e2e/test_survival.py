@@ -216,10 +216,9 @@ def test_a_generation_is_one_instant_of_a_guest_that_writes_without_pause(vm: Su
     vm.guest.run(f"stamp('stamps', {pages}, {stride})")
     area = vm.area("stamps")
     newest = 0
-    for _ in range(4):
+    for _ in range(2):
         made = snapshot(vm)
         assert 0 < made["pause_ms"] < 1000 * made["seconds"]
-        assert made["pause_ms"] == vm.log()[-1]["pause_ms"]
         stamps = np.frombuffer(area.of(vm.export(made["generation"])), np.uint64)[:: PAGE // 8].astype(np.int64)
         assert stamps.max() > newest + pages, "the program does not run"
         newest = int(stamps.max())
@@ -233,20 +232,20 @@ def test_a_generation_is_one_instant_of_a_guest_that_writes_without_pause(vm: Su
 
 def test_what_is_unmarked_is_dropped_and_what_is_marked_is_captured_in_full(vm: Supervised) -> None:
     gone = write(vm, "gone", 3)
-    late_address = vm.guest.run(f"address, late = untagged({MIB}); late[:] = content(4, {MIB}); address")
+    late_address = vm.guest.run(f"address, late = untagged({2 * MIB}); late[:] = content(4, {2 * MIB}); address")
     before = vm.export(snapshot(vm)["generation"])
     assert before == only(before, gone)
     assert gone.of(before) == content(3)
     vm.guest.run(f"perdure_guest.unmark_persistent({gone.address}, {gone.size})")
-    vm.guest.run(f"perdure_guest.mark_persistent({late_address}, {MIB}, 'late')")
+    vm.guest.run(f"perdure_guest.mark_persistent({late_address}, {2 * MIB}, 'late')")
     late = vm.area("late")
     after = vm.export(snapshot(vm)["generation"])
     assert after == only(after, late)
-    assert late.of(after) == content(4, MIB)
+    assert late.of(after) == content(4, 2 * MIB)
     assert vm.judge.read(gone.address, gone.size) == content(3)  # until the reboot
     reboot(vm)
     assert_as_expected_before_boot(vm, after)
-    assert vm.guest.run(f"holds('late', {MIB}, 4)")
+    assert vm.guest.run(f"holds('late', {2 * MIB}, 4)")
 
 
 def test_a_checkpoint_is_a_generation_when_the_call_returns(vm: Supervised) -> None:
@@ -341,6 +340,15 @@ def test_a_guest_that_powers_off_is_captured_and_restored(any_vm: Supervised) ->
     assert vm.log()[-1]["cause"] == "shutdown"
 
 
+def test_a_guest_that_panics_is_captured_and_ended(any_vm: Supervised) -> None:
+    vm = any_vm
+    expected = write_past_the_last_generation(vm, 22)
+    go_down(vm, "panic")
+    assert vm.run.ended() == 0
+    assert "panicked" in vm.run.text
+    assert_captured(vm, "panic", expected)
+
+
 def test_a_reboot_while_nobody_supervises_is_held_for_the_next_supervisor(any_vm: Supervised) -> None:
     """Also where that one dies before the guest has gone on."""
     vm = any_vm
@@ -353,6 +361,19 @@ def test_a_reboot_while_nobody_supervises_is_held_for_the_next_supervisor(any_vm
     assert vm.start().ended() == -signal.SIGKILL
     assert_captured(vm, "reboot", expected)
     assert vm.boots == boots
+    vm.start()
+    await_boot(vm, booted)
+    assert_as_expected_before_boot(vm, expected)
+
+
+def test_a_reboot_by_the_host_that_is_cut_short_is_finished_by_the_next_supervisor(any_vm: Supervised) -> None:
+    vm = any_vm
+    expected = write_past_the_last_generation(vm, 21)
+    booted = vm.guest.boot_id
+    vm.tell_hook("kill-supervisor")
+    assert "ended before it had answered" in vm.refused("reboot", NAME)
+    assert vm.run.ended() == -signal.SIGKILL
+    assert_captured(vm, "reboot", expected)
     vm.start()
     await_boot(vm, booted)
     assert_as_expected_before_boot(vm, expected)
@@ -373,6 +394,7 @@ def test_a_guest_that_was_paused_when_its_supervisor_died_goes_on(any_vm: Superv
 def test_a_supervisor_that_is_told_to_end_leaves_its_guest_running(any_vm: Supervised) -> None:
     vm = any_vm
     vm.guest.run("numbers = count('counter')")
+    snapshot(vm)
     for number, causes in ((signal.SIGINT, []), (signal.SIGTERM, ["terminate"])):
         history, booted = len(vm.log()), vm.guest.boot_id
         vm.run.process.send_signal(number)
@@ -444,7 +466,7 @@ def test_a_rollback_that_cannot_be_restored_leaves_the_guest_as_it_was(any_vm: S
     pack = max((vm.repository / "packs" / name for name in first["packs"]), key=lambda path: path.stat().st_size)
     with damaged(pack):
         assert pack.name in vm.refused("rollback", f"{NAME}@{first['generation']}")
-    assert "no generation" in vm.refused("rollback", f"{NAME}@{history[-1]['generation'] + 1}")
+    assert "does not exist" in vm.refused("rollback", f"{NAME}@{history[-1]['generation'] + 1}")
     seen = vm.guest.run("numbers[0]")
     vm.until(lambda: vm.guest.run("numbers[0]") > seen, "the guest goes on")
     assert vm.log() == history

@@ -45,7 +45,7 @@ class Supervisor:
         self.logged: list[str] = []
         self.handlers = {"echo": self.echo}
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)  # a failed test ends all the same
         self.thread.start()
         self.server = None
 
@@ -416,13 +416,13 @@ def test_several_commands_at_a_time(supervisor, path):
         return {}
 
     supervisor.handlers["work"] = work
-    first = threading.Thread(target=call, args=(path, "work"))
+    first = threading.Thread(daemon=True, target=call, args=(path, "work"))
     first.start()
     assert call(path, "work") == {}
     first.join(DEADLINE_SECONDS)
 
 
-def test_closing_answers_what_is_under_way_and_drops_who_is_idle(supervisor, path):
+def test_closing_answers_what_is_under_way_and_drops_who_is_idle(supervisor, path, caplog):
     began, answers = threading.Event(), []
 
     async def work(_arguments, _reporter):
@@ -432,7 +432,7 @@ def test_closing_answers_what_is_under_way_and_drops_who_is_idle(supervisor, pat
         return {"done": True}
 
     supervisor.handlers["work"] = work
-    client = threading.Thread(target=lambda: answers.append(call(path, "work")))
+    client = threading.Thread(daemon=True, target=lambda: answers.append(call(path, "work")))
     client.start()
     assert began.wait(DEADLINE_SECONDS)
     with socket.socket(socket.AF_UNIX) as idle:
@@ -443,12 +443,13 @@ def test_closing_answers_what_is_under_way_and_drops_who_is_idle(supervisor, pat
         assert idle.recv(1) == b""
     client.join(DEADLINE_SECONDS)
     assert answers == [{"done": True}]
+    assert caplog.records == []  # of asyncio
     assert list(path.parent.iterdir()) == []
     with pytest.raises(NotFoundError):
         call(path, "echo")
 
 
-def test_closing_cancels_what_takes_too_long(supervisor, path):
+def test_closing_cancels_what_takes_too_long(supervisor, path, caplog):
     began, cancelled = threading.Event(), threading.Event()
 
     async def work(_arguments, _reporter):
@@ -464,12 +465,13 @@ def test_closing_cancels_what_takes_too_long(supervisor, path):
         began.wait(DEADLINE_SECONDS)
         supervisor.inside(supervisor.server.close(patience_seconds=0))
 
-    closer = threading.Thread(target=end)
+    closer = threading.Thread(daemon=True, target=end)
     closer.start()
     with pytest.raises(WorkerError, match="VM demo: its supervisor ended before it had answered work"):
         call(path, "work")
     closer.join(DEADLINE_SECONDS)
     assert cancelled.is_set()
+    assert caplog.records == []
 
 
 def test_silence_is_bounded_where_the_caller_says_so(supervisor, path):
@@ -495,7 +497,7 @@ def test_a_server_that_is_none_of_ours(path, answer):
             connection.sendall(answer)
             connection.close()
 
-        thread = threading.Thread(target=impostor)
+        thread = threading.Thread(daemon=True, target=impostor)
         thread.start()
         with pytest.raises(WorkerError, match="cannot be understood"):
             call(path, "status")
@@ -513,7 +515,7 @@ def test_a_refusal_is_heard_even_by_one_who_is_still_speaking(path):
             connection.sendall(b'{"ok":false,"error":"VM demo belongs to another user","family":"PerdureError"}\n')
             connection.close()
 
-        thread = threading.Thread(target=deaf)
+        thread = threading.Thread(daemon=True, target=deaf)
         thread.start()
         with pytest.raises(PerdureError, match="another user"):
             call(path, "echo", {"x": "y" * (REQUEST_BYTES_MAX - 1000)})  # more than a socket holds
@@ -546,9 +548,12 @@ def test_a_forked_child_does_not_keep_the_socket_alive(supervisor, path):
         supervisor.close()
         with pytest.raises(NotFoundError):
             call(path, "echo")
-        second = Supervisor(path).start()  # the child does not hold the lock
-        assert call(path, "echo", {"x": 1}) == {"x": 1}
-        second.close()
+        second = Supervisor(path)
+        try:
+            second.start()  # the child does not hold the lock
+            assert call(path, "echo", {"x": 1}) == {"x": 1}
+        finally:
+            second.close()
     finally:
         ours.close()
         theirs.close()

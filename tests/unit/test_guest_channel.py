@@ -117,7 +117,7 @@ class Host:
         self.logged: list[str] = []
         self.listener = self.listen()
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.supervisor = self.inside(self._supervisor())
         self.channel = GuestChannel(
@@ -197,7 +197,8 @@ def test_each_verb_and_its_reply(host, guest):
     assert [(each["class"], each["device"], each["mode"]) for each in reply["regions"]] == [
         ("reserved", "pm0", "devdax")
     ]
-    assert host.supervisor.greetings == [("b-1", "1.0")]
+    assert guest.call("hello", boot_id="\x1b[2J\n", agent="x" * 1000)["ok"]  # what a handler shows is safe to show
+    assert host.supervisor.greetings == [("b-1", "1.0"), ("?[2J?", "x" * 128)]
     assert guest.call("mark", address=DATA, size=2 * PAGE, name="heap", owner="pid 7 app").keys() == {"v", "id", "ok"}
     assert guest.call("mark", address=DATA + 4 * PAGE, size=PAGE)["ok"]
     wanted = [(DATA, 2 * PAGE, "heap", "pid 7 app"), (DATA + 4 * PAGE, PAGE, None, "guest")]

@@ -285,7 +285,7 @@ def test_merging_takes_no_space(tmp_path):
             add(env, index, random_ids(number, 30_000), places(np.full(30_000, number + 1)))
             merge_all(index)
             if number >= 8:
-                largest = max(largest, env.size() / (30_000 * (number + 1)))
+                largest = max(largest, env.path.stat().st_size / (30_000 * (number + 1)))
         with env.read() as txn:
             facts = txn.stat(env.database("parts"))
         live = (facts["overflow_pages"] + facts["leaf_pages"] + facts["branch_pages"]) * 4096 / (40 * 30_000)
@@ -306,28 +306,89 @@ def test_a_merge_that_another_process_does_is_left_to_it(tmp_path):
         assert count_of_runs(env, index) < before
 
 
-def test_a_step_that_was_overtaken_is_planned_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["a step", "all steps", "an add", "a drop"])
+@pytest.mark.parametrize("times", [1, 10])
+def test_a_step_that_was_overtaken_is_planned_again(tmp_path, monkeypatch, how, times):
     with opened(tmp_path) as (env, index), small_parts(50):
         for number in range(1, 12):
             add(env, index, random_ids(number, 60), places(np.full(60, number)))
         plan, overtaken = merging.plan, []
 
+        def slow_plan(reader, *arguments):
+            step = plan(reader, *arguments)
+            if reader is index and step and len(overtaken) < times:
+                overtaken.append(True)
+                if how in ("a drop", "an add"):
+                    new = np.full(60, 100 + len(overtaken))
+                    add(env, Index(env, KEY), random_ids(100 + len(overtaken), 60), places(new))
+                if how == "a drop":
+                    with env.write() as txn:
+                        index.drop_packs(txn, np.array([100 + len(overtaken)], np.uint32))
+                if how == "a step":
+                    Index(env, KEY).merge_step()
+                if how == "all steps":
+                    merge_all(Index(env, KEY))
+            return step
+
+        monkeypatch.setattr(merging, "plan", slow_plan)
+        monkeypatch.setattr("store.index._ATTEMPTS", times + 1)
+        merge_all(index)
+        assert overtaken
+        with env.read() as txn:
+            assert list(index.check(txn)) == []
+        for number in range(1, 12):
+            assert (lookup(env, index, random_ids(number, 60))["pack"] == number).all()
+        for number in range(101, 101 + len(overtaken) if how in ("an add", "a drop") else 0):
+            wanted = number if how == "an add" else 0
+            assert (lookup(env, index, random_ids(number, 60))["pack"] == wanted).all()
+
+
+def test_a_step_that_moves_nothing_over_can_be_overtaken_too(tmp_path, monkeypatch):
+    with opened(tmp_path) as (env, index), small_parts():
+        add(env, index, random_ids(1, 300), places(np.full(300, 1)))
+        with env.write() as txn:
+            index.drop_packs(txn, np.array([1], np.uint32))
+        index.merge_step()  # begins to rewrite the run, of which nothing is left
+        plan = merging.plan
+
         def slow_plan(*arguments):
             step = plan(*arguments)
-            if not overtaken:
-                overtaken.append(True)
-                other = Index(env, KEY)
-                monkeypatch.setattr(merging, "plan", plan)
-                assert [other.merge_step() for _ in range(3)] == [True] * 3
-                monkeypatch.setattr(merging, "plan", slow_plan)
+            monkeypatch.setattr(merging, "plan", plan)
+            assert [Index(env, KEY).merge_step() for _ in range(2)] == [True, True]
             return step
 
         monkeypatch.setattr(merging, "plan", slow_plan)
         merge_all(index)
         with env.read() as txn:
             assert list(index.check(txn)) == []
+            assert index.size(txn).runs == 0
+
+
+def test_a_step_that_is_overtaken_again_and_again_is_done_inside_the_transaction(tmp_path, monkeypatch):
+    with opened(tmp_path) as (env, index), small_parts(50):
         for number in range(1, 12):
-            assert (lookup(env, index, random_ids(number, 60))["pack"] == number).all()
+            add(env, index, random_ids(number, 60), places(np.full(60, number)))
+        get, overtaken = index.get, []
+
+        def always_other(_txn, key):
+            overtaken.append(key)
+            return b"other"
+
+        plan = merging.plan
+
+        def plan_then_change(*arguments):
+            monkeypatch.setattr(index, "get", get)
+            step = plan(*arguments)
+            monkeypatch.setattr(index, "get", always_other)
+            return step
+
+        monkeypatch.setattr(merging, "plan", plan_then_change)
+        assert index.merge_step() is True
+        monkeypatch.undo()
+        assert len(overtaken) == 3
+        with env.read() as txn:
+            assert list(index.check(txn)) == []
+            assert any(each.merge for each in index.runs(txn))
 
 
 # Damage
