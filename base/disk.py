@@ -8,6 +8,7 @@ between threads and to inherit over fork.
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from base.errors import StorageError
@@ -88,7 +89,7 @@ class Disk:
 
 def replace_file(disk: Disk, path: Path, content: bytes) -> None:
     """Durably make `path` hold `content`, whatever it held: temporary file, fsync, rename, fsync the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = disk.create(temporary)
     try:
         try:

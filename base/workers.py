@@ -16,9 +16,10 @@ import signal
 from collections.abc import Callable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, Literal
+from typing import Any
 
 from base.errors import PerdureError, WorkerError, one_line
 
@@ -38,7 +39,7 @@ class WorkerPool:
         self.pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         self._count, self._serve = count, serve
-        self._start("fork")
+        self._start(multiprocessing.get_context("fork"))
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -56,7 +57,7 @@ class WorkerPool:
         self.kill()  # the others may be in the middle of what was lost
         self.close()
         try:
-            self._start("spawn")
+            self._start(multiprocessing.get_context("spawn"))
         except OSError as error:
             raise WorkerError(f"cannot start worker processes: {error.strerror or error}") from error
 
@@ -112,12 +113,11 @@ class WorkerPool:
                 process.join()
         self.pipes, self._processes = [], []
 
-    def _start(self, method: Literal["fork", "spawn"]) -> None:
-        context = multiprocessing.get_context(method)
+    def _start(self, context: ForkContext | SpawnContext) -> None:
         try:
             for number in range(self._count):
                 ours, theirs = context.Pipe()
-                inherited = [*self.pipes, ours] if method == "fork" else []
+                inherited = [*self.pipes, ours] if isinstance(context, ForkContext) else []
                 process = context.Process(
                     target=_work,
                     args=(self._serve, theirs, inherited),

@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     _repository_verbs(verb)
+    _retention_verbs(verb)
     _vm_verbs(verb)
     regions = verbs.add_parser("regions", help="list a VM's regions, or tag memory from the host", parents=[common])
     _regions_verbs(regions)
@@ -109,6 +110,24 @@ def _repository_verbs(verb: _Verb) -> None:
     diff.add_argument("b", metavar="VM@B")
     check = verb("check", "repository_commands:check", "verify the repository; changes nothing")
     check.add_argument("--read-data", action="store_true", help="read, open and hash everything that is stored")
+
+
+def _retention_verbs(verb: _Verb) -> None:
+    forget = verb(
+        "forget", "retention_commands:forget", "forget generations that no rule keeps; prune frees their space"
+    )
+    forget.add_argument("what", metavar="VM|VM@N", help="a VM to apply rules to, or one generation")
+    for period in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
+        forget.add_argument(f"--keep-{period}", type=int, default=0, metavar="N")
+    forget.add_argument("--keep-within", metavar="SPAN", help="as in 2y5m7d3h")
+    forget.add_argument("--keep-tag", metavar="T", action="append", default=[])
+    forget.add_argument("--dry-run", action="store_true", help="only say what would be forgotten")
+    verb("protect", "retention_commands:protect", "keep a generation whatever the rules say").add_argument(
+        "point", metavar="VM@N"
+    )
+    verb("unprotect", "retention_commands:unprotect", "end the protection of a generation").add_argument(
+        "point", metavar="VM@N"
+    )
 
 
 def _vm_verbs(verb: _Verb) -> None:

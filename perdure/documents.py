@@ -46,6 +46,7 @@ def generation(generation: Generation, *, full: bool = False) -> dict[str, Any]:
         "cause": generation.cause,
         "host": generation.host,
         "tags": list(generation.tags),
+        "protected": generation.protected,
         "region_bytes": generation.region_bytes,
         "dirty_bytes": generation.dirty_bytes,
         "stored_bytes": generation.stored_bytes,

@@ -27,6 +27,7 @@ from vm.command_line import Platform
 from vm.config import RAM, Description
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
+from vm.protocol import Committed
 from vm.qemu import Qemu
 from vm.regions import RegionTable
 
@@ -67,6 +68,9 @@ class Machine:
         self.channel = GuestChannel(self.description.name, self.qemu.folder.agent, handler, say)
         if self.restored is not None:
             self.channel.resumed(self.restored)
+        made = self.parent.metadata.get("checkpoint") if self.parent is not None else None
+        if self.parent is not None and made is not None:  # whose reply an earlier supervisor may not have sent
+            self.channel.remember(made["request"], Committed(self.parent.number, self.parent.id))
         self._tasks.append(asyncio.create_task(self.channel.run()))
 
     async def stop(self) -> None:

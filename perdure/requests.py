@@ -11,6 +11,7 @@ from base.errors import UsageError
 from base.progress import Progress
 from base.units import format_size
 from perdure import documents
+from vm.channel import TokenBucket
 from vm.protocol import Committed, RegionEntry, Welcome
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Requests:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._agent: str | None = None
+        self._lines = TokenBucket(1, 20)
 
     def commands(self) -> dict[str, Command]:
         """Commands of the control socket by name."""
@@ -46,7 +48,7 @@ class Requests:
         supervisor = self._supervisor
         machine = supervisor.machine
         if self._agent != boot_id:
-            supervisor.say(f"{supervisor.vm} guest agent {agent} is up")
+            self._say(f"guest agent {agent} is up")
         self._agent = boot_id
         return Welcome(supervisor.vm, machine.restored, machine.table.query())
 
@@ -54,12 +56,12 @@ class Requests:
         """From the guest: make a range persistent."""
         self._supervisor.machine.table.mark(address, size, name, owner)
         label = "" if name is None else f" {name!r}"
-        self._supervisor.say(f"{self._supervisor.vm} tagged{label}: {format_size(size)} at {address:#x}")
+        self._say(f"tagged{label}: {format_size(size)} at {address:#x}")
 
     async def unmark(self, address: int, size: int) -> None:
         """From the guest: make a range volatile."""
         self._supervisor.machine.table.unmark(address, size)
-        self._supervisor.say(f"{self._supervisor.vm} untagged {format_size(size)} at {address:#x}")
+        self._say(f"untagged {format_size(size)} at {address:#x}")
 
     async def query(self) -> Sequence[RegionEntry]:
         """From the guest: all devices and tags."""
@@ -70,6 +72,11 @@ class Requests:
         metadata = {"checkpoint": {"request": request, "name": name}}
         done = await self._supervisor.snapshot("checkpoint", metadata=metadata)
         return Committed(done.generation.number, done.generation.id)
+
+    def _say(self, what: str) -> None:
+        """Report something that the guest did, unless it does it too often."""
+        if self._lines.has(1):
+            self._supervisor.say(f"{self._supervisor.vm} {what}")
 
     async def _status(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del arguments, progress

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from base.errors import ConflictError, PerdureError, one_line
+from base.errors import ConflictError, IntegrityError, PerdureError, one_line
 from base.progress import Progress
 from base.units import format_size
 from capture.generation import Captured, Execution, capture
@@ -191,7 +191,16 @@ class Supervisor:
             await self._launch(generation)
 
     async def _launch(self, generation: Generation | None) -> None:
-        prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving))
+        try:
+            prepared = await self.in_store(
+                lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving)
+            )
+        except IntegrityError as error:
+            problem = (
+                f"{error.problem}: {self.vm} is not started on part of its memory; choose an older generation with "
+                "--from, or --without-restore"
+            )
+            raise IntegrityError(error.object, problem, offset=error.offset, chunk=error.chunk) from error
         prepared = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
         machine = await self.launcher.launch(prepared, self.in_store)
         self._follow(machine)

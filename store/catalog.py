@@ -10,6 +10,7 @@ caller's transaction; nothing stands here alone. Keys are big-endian numbers so 
     vms          VM name -> VM id (16), highest generation number ever used (8)
     generations  VM id (16), number (8) -> sequence (8), record id (32), parent (32), body as JSON
     ids          record id (32) -> VM id (16), number (8)
+    protected    VM id (16), number (8) -> nothing
 
 Pack numbers are local to this host's catalog; 0 is none.
 """
@@ -28,14 +29,14 @@ from store import format as layout
 from store.format_keys import SEAL_OVERHEAD
 from store.index import LOCATION, Index
 from store.packs import PackEntry, PackInfo
-from store.records import Generation, GenerationBody, Record, TombstoneBody, generation_of
+from store.records import AttributesBody, Generation, GenerationBody, Record, TombstoneBody, generation_of
 
 if TYPE_CHECKING:
     import lmdb
 
     from store.environment import Environment
 
-DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids")
+DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids", "protected")
 
 _LAST = struct.Struct(">Q32s")
 _NUMBER = struct.Struct(">I")
@@ -77,6 +78,13 @@ class Catalog:
             if known is not None:
                 self._delete(txn, "ids", _GENERATION.unpack_from(known)[1])
                 self._delete(txn, "generations", key)
+                self._delete(txn, "protected", key)
+        elif isinstance(body, AttributesBody):
+            key = _VM.pack(header.vm_id, header.number)
+            if body.protected:
+                self._put(txn, "protected", key, b"")
+            else:
+                self._delete(txn, "protected", key)
         self._put(txn, "meta", b"last", _LAST.pack(header.sequence, record.id))
 
     def add_pack(self, txn: lmdb.Transaction, pack: PackInfo) -> None:
@@ -146,7 +154,7 @@ class Catalog:
         vm = self.vm(txn, name)
         if vm is None:
             return []
-        return [self._generation(key, value) for key, value in self._scan(txn, "generations", vm[0])]
+        return [self._generation(txn, key, value) for key, value in self._scan(txn, "generations", vm[0])]
 
     def generation(self, txn: lmdb.Transaction, name: str, number: int) -> Generation:
         """One generation. Raises NotFoundError, which says whether it was forgotten or never was."""
@@ -158,7 +166,7 @@ class Catalog:
         if value is None:
             what = "was forgotten" if 0 < number <= vm[1] else f"does not exist: the newest is {name}@{vm[1]}"
             raise NotFoundError(f"generation {name}@{number} {what}")
-        return self._generation(key, value)
+        return self._generation(txn, key, value)
 
     def latest(self, txn: lmdb.Transaction, name: str, back: int = 0) -> Generation:
         """The newest generation of a VM, or the one `back` before it. Raises NotFoundError."""
@@ -167,7 +175,7 @@ class Catalog:
         if vm is not None:
             for key, value in self._newest_first(txn, vm[0]):
                 if seen == back:
-                    return self._generation(key, value)
+                    return self._generation(txn, key, value)
                 seen += 1
         if not seen:
             raise NotFoundError(f"no VM {name} in this repository")
@@ -178,19 +186,19 @@ class Catalog:
         found: list[Generation] = []
         for record_id, key in self._scan(txn, "ids", bytes.fromhex(prefix[: len(prefix) // 2 * 2])):
             if record_id.hex().startswith(prefix):
-                found.append(self._generation(key, self._get(txn, "generations", key) or b""))
+                found.append(self._generation(txn, key, self._get(txn, "generations", key) or b""))
                 if len(found) == 2:
                     break
         return found
 
-    def _generation(self, key: bytes, value: bytes) -> Generation:
+    def _generation(self, txn: lmdb.Transaction, key: bytes, value: bytes) -> Generation:
         vm_id, number = _VM.unpack(key)
         sequence, record_id, parent = _GENERATION.unpack_from(value)
         body = msgspec.json.decode(value[_GENERATION.size :], type=GenerationBody)
         header = layout.RecordHeader(
             layout.RECORD_GENERATION, 0, sequence, layout.ZERO_ID, vm_id, number, parent, layout.ZERO_ID
         )
-        return generation_of(header, body, record_id)
+        return generation_of(header, body, record_id, protected=self._get(txn, "protected", key) is not None)
 
     def _get(self, txn: lmdb.Transaction, database: str, key: bytes) -> bytes | None:
         value = txn.get(key, db=self._environment.database(database))

@@ -66,11 +66,20 @@ class TombstoneBody(msgspec.Struct, frozen=True, kw_only=True):
     host: str
 
 
-Body = GenesisBody | GenerationBody | TombstoneBody
+class AttributesBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of the record that sets what can change about a generation; the last one counts."""
+
+    time: str
+    host: str
+    protected: bool
+
+
+Body = GenesisBody | GenerationBody | TombstoneBody | AttributesBody
 _BODIES: dict[int, type[Body]] = {
     layout.RECORD_GENESIS: GenesisBody,
     layout.RECORD_GENERATION: GenerationBody,
     layout.RECORD_TOMBSTONE: TombstoneBody,
+    layout.RECORD_ATTRIBUTES: AttributesBody,
 }
 
 
@@ -113,6 +122,7 @@ class Generation:
     stored_bytes: int
     pause_ms: float | None
     metadata: dict[str, Any]
+    protected: bool = False
 
     @property
     def region_bytes(self) -> int:
@@ -169,7 +179,9 @@ def decode_record(keys: Keys, data: bytes, sequence: int, previous: bytes | None
     return Record(header, body, layout.record_id(data))
 
 
-def generation_of(header: layout.RecordHeader, body: GenerationBody, record_id: bytes) -> Generation:
+def generation_of(
+    header: layout.RecordHeader, body: GenerationBody, record_id: bytes, *, protected: bool = False
+) -> Generation:
     """What callers see of a generation record."""
     regions = {
         each.name: Region(
@@ -197,6 +209,7 @@ def generation_of(header: layout.RecordHeader, body: GenerationBody, record_id: 
         stored_bytes=body.stored_bytes,
         pause_ms=body.pause_ms,
         metadata=body.metadata,
+        protected=protected,
     )
 
 

@@ -46,6 +46,7 @@ from store.lanes import WorkerLanes
 from store.nodes import StoredNodes
 from store.packs import FrameReader, PackInfo, read_pack
 from store.records import (
+    AttributesBody,
     Body,
     Generation,
     GenerationBody,
@@ -269,6 +270,14 @@ class Repository:
         vm_id = bytes.fromhex(generation.vm_id)
         with self.environment.write() as txn:
             self._append(txn, layout.RECORD_TOMBSTONE, lambda _: (body, vm_id, generation.number, layout.ZERO_ID), [])
+        self._remember()
+
+    def protect(self, generation: Generation, *, protected: bool) -> None:
+        """Keep a generation whatever a policy says, or no longer. Raises StorageError."""
+        body = AttributesBody(time=_now(), host=socket.gethostname(), protected=protected)
+        vm_id = bytes.fromhex(generation.vm_id)
+        with self.environment.write() as txn:
+            self._append(txn, layout.RECORD_ATTRIBUTES, lambda _: (body, vm_id, generation.number, layout.ZERO_ID), [])
         self._remember()
 
     def publish_generation(

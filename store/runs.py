@@ -169,12 +169,9 @@ def matches(
     `chosen` are queries whose prefix is in the column, and `entry` for each the first entry that has it.
     """
     stored = words(rest)
-    repeated = _next_is_equal(prefix, entry)
-    if not repeated.any():  # all but always
-        same = equal(stored.take(entry, axis=0), queries, chosen)
-        yield chosen[same], entry[same]
-        return
-    crowded = repeated & (prefix.take(entry + _FEW, mode="clip") == prefix[entry])
+    last = len(prefix) - 1
+    crowded = prefix.take(np.minimum(entry + _FEW, last)) == prefix.take(entry)
+    crowded &= entry + _FEW <= last
     if crowded.any():
         entry = entry.copy()
         for number in np.unique(prefix[entry[crowded]]):

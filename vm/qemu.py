@@ -3,7 +3,7 @@
 QEMU outlives its supervisor: it is started in a session of its own, with no inherited descriptors, so that neither
 Ctrl-C nor SIGKILL of the supervisor reaches it. A record in the runtime folder, durable before the launch is
 reported as done, says which process it is; a pid is never believed without its start time and boot. If the
-supervisor died before the record was written, the monitor socket still says whose it is.
+supervisor died before the record was written, the process still has our monitor socket among its arguments.
 
 One process at a time owns a VM (the supervisor's lock); a `Qemu` is not shared between threads.
 
@@ -88,7 +88,7 @@ class Qemu:
     @classmethod
     def find(cls, folder: RuntimeFolder) -> Qemu | None:
         """The process of an earlier launch, if it is still there."""
-        record = _read_record(folder) or _record_of_listener(folder)
+        record = _read_record(folder) or _unrecorded(folder)
         if record is None:
             return None
         try:
@@ -302,17 +302,17 @@ def _read_record(folder: RuntimeFolder) -> Record | None:
         return None
 
 
-def _record_of_listener(folder: RuntimeFolder) -> Record | None:
-    """Who listens on the monitor socket, if there is no record of who should."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
+def _unrecorded(folder: RuntimeFolder) -> Record | None:
+    """A QEMU of ours that there is no record of: it may be too young to listen on its socket. Source: proc(5)."""
+    monitor = f"path={folder.monitor},".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            probe.connect(str(folder.monitor))
-            pid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            identity = Identity.of(pid)
+            if monitor in (entry / "cmdline").read_bytes() and entry.stat().st_uid == os.geteuid():
+                identity = Identity.of(int(entry.name))
+                return Record(identity.pid, identity.start_ticks, identity.boot, ())
         except OSError:
-            return None
-    return Record(identity.pid, identity.start_ticks, identity.boot, ())
+            continue
+    return None
 
 
 def _ended(pidfd: int, timeout_s: float) -> bool:

@@ -28,7 +28,8 @@ import judge
 from guest_fixtures import load
 from judge import Judge
 
-client = load(Path(__file__).resolve().parents[1] / "guest" / "client.py")
+ROOT = Path(__file__).resolve().parents[2]
+client = load(ROOT / "tests" / "guest" / "client.py")
 GuestShell, GuestGoneError = client.GuestShell, client.GuestGoneError
 
 MIB = 1 << 20
@@ -159,6 +160,7 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
         )
         self.environment = {
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),  # the code beside these tests, whatever is installed
             "PERDURE_STATE_DIR": str(self.state),
             "PERDURE_REPOSITORY": str(self.repository),
             "PERDURE_PASSWORD_FILE": str(self.folder / "passphrase"),

@@ -175,7 +175,7 @@ def assert_reboot_keeps_only_what_is_tagged(vm: Supervised) -> None:
         expected = only(running["pm0"], area)
     boots = vm.boots
     reboot(vm)
-    assert vm.boots == boots + 1
+    assert vm.boots == boots + 1, vm.run.text
     with vm.before_boot() as found:
         assert all(each.find(secret) < 0 for each in found.values())
     assert_as_expected_before_boot(vm, expected)

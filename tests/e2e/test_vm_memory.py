@@ -161,15 +161,16 @@ def test_which_swap_areas_put_memory_on_a_disk_in_the_clear(tmp_path):
 
 @pytest.mark.qemu
 def test_the_address_map_is_what_qemu_does(place, judge):
-    """More than 2 GiB of memory, so that it is split; QEMU's own dump of an address is the file's content there."""
+    """Enough memory to be split around the hole; QEMU's own dump of an address is the file's content there."""
     regions = (Region("pm0", Size(64 * MIB)), Region("pm1", Size(32 * MIB), "raw"))
-    description = place.describe(memory=Size(2304 * MIB), regions=regions)
-    places = [("ram", 0x5000), ("ram", 2048 * MIB - 4096), ("ram", 2048 * MIB), ("ram", 2304 * MIB - 4096)]
+    description = place.describe(memory=Size(3072 * MIB), regions=regions)
+    places = [("ram", 0x5000), ("ram", 2048 * MIB - 4096), ("ram", 2048 * MIB), ("ram", 3072 * MIB - 4096)]
     places += [("pm0", 0), ("pm0", 64 * MIB - 4096), ("pm1", 0), ("pm1", 32 * MIB - 4096)]
 
     async def run():
         async with await Monitor.connect(process) as monitor:
-            found = await monitor.address_map(2304 * MIB)
+            found = await monitor.address_map(3072 * MIB)
+            assert len(found.of("ram")) == 2
             assert sorted({span.region for span in found.spans}) == ["pm0", "pm1", "ram"]
             for number, (region, offset) in enumerate(places):
                 content = bytes([number + 1]) * 4096
