@@ -10,6 +10,7 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -157,11 +158,12 @@ def _work(serve: Serve, pipe: Connection, others: list[Connection]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for each in others:
         each.close()  # else a worker would keep its siblings' pipes open after the owner's death
-    try:
-        serve(pipe)
-    except EOFError:
-        pass
-    except PerdureError as error:
-        pipe.send(error)
-    except BaseException as error:
-        pipe.send(WorkerError(f"worker process {os.getpid()} failed: {type(error).__name__}: {one_line(error)}"))
+    with contextlib.suppress(EOFError, ConnectionError):  # the owner closed its end, or died, whatever we were doing
+        try:
+            serve(pipe)
+        except (EOFError, ConnectionError):
+            raise
+        except PerdureError as error:
+            pipe.send(error)
+        except BaseException as error:
+            pipe.send(WorkerError(f"worker process {os.getpid()} failed: {type(error).__name__}: {one_line(error)}"))

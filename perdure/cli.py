@@ -20,9 +20,12 @@ a point in time is VM@N, VM@latest, VM@-1 (one before the latest) or the beginni
 
 environment:
   PERDURE_REPOSITORY        the repository, if -r is not given
+  PERDURE_KEY_FILE          key file that unlocks it, in place of a passphrase, if --key-file is not given
   PERDURE_PASSWORD_FILE     file that holds the passphrase
   PERDURE_PASSWORD_COMMAND  command that prints the passphrase
   PERDURE_PASSWORD          the passphrase itself (discouraged: other processes of yours can read it)
+  PERDURE_NEW_PASSWORD_FILE, _COMMAND, PERDURE_NEW_PASSWORD
+                            the same for the new passphrase of `perdure key add` and `change-passphrase`
   PERDURE_STATE_DIR         local state: index, remembered history, sockets
 
 exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 11 locked; 12 wrong passphrase;
@@ -33,7 +36,11 @@ exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; gives its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
-    options = parser().parse_args(arguments, argparse.Namespace(repository=None, json=False, quiet=False))
+    options = parser().parse_args(
+        arguments, argparse.Namespace(repository=None, key_file=None, json=False, quiet=False)
+    )
+    if options.key_file is not None:
+        os.environ["PERDURE_KEY_FILE"] = options.key_file  # as a passphrase does, it reaches every command the same way
     module, _, name = options.command.partition(":")
     try:
         command = getattr(importlib.import_module(f"perdure.{module}"), name)
@@ -54,10 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("-r", "--repository", metavar="PATH", help="the repository")
-    common.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    common.add_argument("--quiet", action="store_true", help="no text and no progress")
+    plain = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    plain.add_argument("-r", "--repository", metavar="PATH", help="the repository")
+    plain.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    plain.add_argument("--quiet", action="store_true", help="no text and no progress")
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[plain])
+    common.add_argument("--key-file", metavar="FILE", help="key file that unlocks it, in place of a passphrase")
     top = argparse.ArgumentParser(
         prog="perdure",
         description="Keeps the memory that matters across a virtual machine's reboot.",
@@ -76,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     _repository_verbs(verb)
     _retention_verbs(verb)
     _vm_verbs(verb)
+    keys = verbs.add_parser("key", help="what opens the repository: slots, rotation, public key", parents=[common])
+    _key_verbs(keys, common, plain)
     regions = verbs.add_parser("regions", help="list a VM's regions, or tag memory from the host", parents=[common])
     _regions_verbs(regions)
     return top
@@ -110,6 +121,9 @@ def _repository_verbs(verb: _Verb) -> None:
     diff.add_argument("b", metavar="VM@B")
     check = verb("check", "repository_commands:check", "verify the repository; changes nothing")
     check.add_argument("--read-data", action="store_true", help="read, open and hash everything that is stored")
+    check.add_argument(
+        "--public-key", metavar="FILE", help="verify keyrings, signatures and history without a passphrase"
+    )
 
 
 def _retention_verbs(verb: _Verb) -> None:
@@ -128,6 +142,29 @@ def _retention_verbs(verb: _Verb) -> None:
     verb("unprotect", "retention_commands:unprotect", "end the protection of a generation").add_argument(
         "point", metavar="VM@N"
     )
+
+
+def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, plain: argparse.ArgumentParser) -> None:
+    verbs = keys.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, command: str, text: str, parent: argparse.ArgumentParser = common) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text, parents=[parent])
+        made.set_defaults(command=f"key_commands:{command}")
+        return made
+
+    verb("list", "list_", "list key slots; needs no passphrase")
+    add = verb("add", "add", "add a key slot that a new passphrase, or a key file, opens", plain)
+    add.add_argument("--label", default="", metavar="L", help="what it is for; anybody can read it")
+    add.add_argument(
+        "--key-file", dest="new_key_file", metavar="FILE",
+        help="key file of the new slot, 32 random bytes or more; one that unlocks stands before `key`",
+    )  # fmt: skip
+    remove = verb("remove", "remove", "remove a key slot; the last usable one stays")
+    remove.add_argument("slot", metavar="SLOT", help="the beginning of its id")
+    verb("change-passphrase", "change_passphrase", "replace the slot that the passphrase opens by one with a new one")
+    verb("rotate", "rotate", "new data key and signing key for what is written from now on")
+    export = verb("export-public", "export_public", "the public key for `perdure check --public-key`")
+    export.add_argument("file", metavar="FILE", nargs="?", help="a file that does not exist; else standard output")
 
 
 def _vm_verbs(verb: _Verb) -> None:

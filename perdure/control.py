@@ -193,7 +193,8 @@ class ControlServer:
         finally:
             del self._conversations[task]
             self._busy.discard(task)
-            writer.transport.abort()
+            if not writer.is_closing() or writer.transport.get_write_buffer_size():
+                writer.transport.abort()  # closed and sent, it must not be: asyncio's transport fails then
 
     async def _converse(
         self, task: asyncio.Task[None], reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -90,4 +90,17 @@ def generation_text(generation: Generation) -> Iterator[str]:
             f"of {format_size(region.root.length)}"
         )
     for key, value in generation.metadata.items():
+        yield from _fact_text(key, value)
+
+
+def _fact_text(key: str, value: Any) -> Iterator[str]:
+    """One fact of the VM's, whatever its shape: a line, or one for each part of it."""
+    if key == "tags":  # of memory, not the words that a generation is tagged with
+        for tag in value:
+            place = f"{format_size(tag['size'])} at {tag['device']}+{tag['offset']:#x}"
+            yield f"tagged      {tag.get('name') or '-'}: {place}, by {tag.get('owner') or '-'}"
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield f"{key:<11} {name}: {part}"
+    else:
         yield f"{key:<11} {value}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base import extents as ranges
-from base.errors import PerdureError, VirtualMachineError
+from base.errors import PerdureError, StorageError, VirtualMachineError
 from base.units import PAGE
 from capture.generation import Captured, CapturedRegion
 from capture.journal import Journal
@@ -28,10 +28,11 @@ from vm.config import RAM, Description
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
 from vm.protocol import Committed
-from vm.qemu import Qemu
+from vm.qemu import Qemu, trim_journal, trim_log
 from vm.regions import RegionTable
 
 _QUIT_SECONDS = 10
+_CONSOLE_BYTES_MAX = 16 << 20
 
 
 @dataclass(slots=True)
@@ -118,6 +119,9 @@ class Machine:
         if self.channel is not None:
             self.channel.reset()
         await hold.resume_after_hold(self.monitor, self.platform.firmware.kind)
+        with suppress(StorageError):  # a guest that runs is worth more than short logs
+            trim_log(self.qemu.folder.console, _CONSOLE_BYTES_MAX)
+            trim_journal(self.qemu.folder)
 
     def scrub(self) -> int:
         """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something."""

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from base.allocation import keep_freed_memory
-from base.errors import RepositoryMissingError
+from base.errors import RepositoryMissingError, WrongPassphraseError
 from base.progress import Progress, silent
 from base.workers import WorkerPool, usable_cores
 from perdure import places
-from perdure.credentials import passphrase
+from perdure.credentials import credential, stands_somewhere
+from store.keychain import read_key_files
+from store.keys import Keys
 from store.lanes import serve_chunker
-from store.repository import Repository, read_key_files, read_mark
-from store.slots import unlock
+from store.repository import Repository, read_mark
+from store.slots import Credential, unlock
 
 
 def repository_path(given: str | None) -> Path:
@@ -33,10 +35,27 @@ def opened(path: Path, *, workers: bool = False, progress: Progress = silent) ->
     keep_freed_memory()
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
-        keys = unlock(read_key_files(path), passphrase())
+        given = credential()
+        keys = unlock(read_key_files(path), given)
         state = places.repository_state(keys.repository_id)
-        with Repository(path, keys, state, pool=pool, progress=progress) as repository:
+        with Repository(
+            path, keys, state, pool=pool, progress=progress, unlock=lambda: _unlock_again(path, given)
+        ) as repository:
             yield repository
     finally:
         if pool is not None:
             pool.close()
+
+
+def _unlock_again(path: Path, given: Credential) -> Keys:
+    """Keys that somebody changed while a command runs (`perdure run` runs for months).
+
+    If what it was started with was changed too, a file or command may have what opens them now; nobody is asked.
+    """
+    files = read_key_files(path)
+    try:
+        return unlock(files, given)
+    except WrongPassphraseError:
+        if not stands_somewhere():
+            raise
+        return unlock(files, credential())

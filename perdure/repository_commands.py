@@ -17,8 +17,8 @@ from base import extents as ranges
 from base.errors import ConflictError, IntegrityError, StorageError, UsageError
 from base.extents import Extents
 from base.units import PAGE, format_size
-from perdure import documents
-from perdure.credentials import passphrase
+from perdure import documents, key_commands
+from perdure.credentials import credential
 from perdure.opening import opened, repository_path
 from perdure.output import Output, moment, size, table
 from store.chunker import PackingSettings
@@ -37,12 +37,14 @@ def init(options: Namespace) -> None:
         raise UsageError("--compression-level is 1 to 19")
     if (path / "config").exists():
         raise ConflictError(f"{path} is a repository already")
-    made = new_keyring(passphrase(new=True))
+    given = credential(new=True)
+    made = new_keyring(given)
     create(path, made.files, made.keys, PackingSettings(level=options.compression_level))
     identity = made.keys.repository_id.hex()
+    what = "passphrase" if isinstance(given, bytes) else "key file"
     _output(options).result(
         {"repository": str(path), "id": identity},
-        lambda: [f"made repository {identity[:16]} at {path}", "Keep the passphrase: without it nothing can be read."],
+        lambda: [f"made repository {identity[:16]} at {path}", f"Keep the {what}: without it nothing can be read."],
     )
 
 
@@ -150,6 +152,10 @@ def check(options: Namespace) -> int:
     """`perdure check`"""
     from store.check import Finding, check_repository
 
+    if options.public_key:
+        if options.read_data:
+            raise UsageError("--read-data needs keys: it and --public-key exclude each other")
+        return key_commands.audit(options)
     output = _output(options)
     path = repository_path(options.repository)
     try:

@@ -109,7 +109,11 @@ def _sayer(output: Output) -> Callable[[str], None]:
     stream = sys.stderr if output.json else sys.stdout
 
     def say(line: str) -> None:
-        if not output.quiet:
+        if output.quiet:
+            return
+        try:
             print(line, file=stream, flush=True)
+        except OSError:  # whoever read it is gone: that must not end what supervises a VM
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
     return say

@@ -204,6 +204,8 @@ class Supervisor:
         prepared = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
         machine = await self.launcher.launch(prepared, self.in_store)
         self._follow(machine)
+        for warning in prepared.warnings:
+            self.say(f"warning: {warning}")
         self.say(f"{self.vm} started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}")
         self.say(f"{self.vm} tracker: {machine.tracking.choice.kind} ({machine.tracking.choice.reason})")
 
@@ -222,19 +224,23 @@ class Supervisor:
         self.state = "running"
         machine.open_channel(self._requests, self.say)
         self._watcher = asyncio.create_task(self._watch(machine))
+        self._watcher.add_done_callback(self._watched)
 
     async def _watch(self, machine: Machine) -> None:
         """Act on what QEMU says until it is gone."""
-        try:
-            while (found := await machine.next_hold()) is not None:
-                async with self._operation:
-                    if self._machine is not machine:
-                        return
-                    if await machine.held():  # and not rebooted by a command meanwhile
-                        await self._held(machine, found)
-            if self._machine is machine:
-                await self._died(machine)
-        except PerdureError as error:
+        while (found := await machine.next_hold()) is not None:
+            async with self._operation:
+                if self._machine is not machine:
+                    return
+                if await machine.held():  # and not rebooted by a command meanwhile
+                    await self._held(machine, found)
+        if self._machine is machine:
+            await self._died(machine)
+
+    def _watched(self, watcher: asyncio.Task[None]) -> None:
+        """Without a watcher, and be it for a defect of ours, there is no supervisor."""
+        error = None if watcher.cancelled() else watcher.exception()
+        if error is not None:
             self._fail(error)
 
     async def _died(self, machine: Machine) -> None:
@@ -363,6 +369,8 @@ class Supervisor:
     async def _leave(self, number: signal.Signals) -> None:
         """Ctrl-C and SIGTERM: capture if the policy says so, and leave the guest running. What is under way is not
         left half done (the guest may be stopped for it), but for a start, which gives up; see `_unless_leaving`."""
+        if self._operation.locked():
+            self.say(f"{self.vm}: leaving it when what is under way is done")
         async with self._operation:
             capture = number is signal.SIGTERM and self.launcher.description.policy.capture_on_terminate
             if capture and self._machine is not None:

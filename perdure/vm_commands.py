@@ -36,7 +36,10 @@ def status(options: Namespace) -> None:
             all_of_them.append(call(path, "status", {}))
         except NotFoundError:
             name = path.parent.name
-            all_of_them.append({"vm": name, "state": "unsupervised", "hint": "take it over with perdure run"})
+            pid = _unsupervised(name)
+            if pid is not None:
+                hint = "take it over with perdure run"
+                all_of_them.append({"vm": name, "state": "unsupervised", "pid": pid, "hint": hint})
     output.result({"vms": all_of_them}, lambda: _list_text(all_of_them))
 
 
@@ -105,7 +108,25 @@ def _call(vm: str, command: str, arguments: dict[str, Any], output: Output) -> d
     folder = places.vm_runtime(vm)
     if not folder.exists():
         raise NotFoundError(f"VM {vm} is not running: start it with perdure run")
-    return call(folder / CONTROL, command, arguments, output.progress())
+    try:
+        return call(folder / CONTROL, command, arguments, output.progress())
+    except NotFoundError as error:
+        pid = _unsupervised(vm) if isinstance(error.__cause__, OSError) else None  # else the supervisor has said it
+        if pid is None:
+            raise
+        raise NotFoundError(f"VM {vm} runs unsupervised (process {pid}): take it over with perdure run") from error
+
+
+def _unsupervised(vm: str) -> int | None:
+    """The QEMU that a dead supervisor has left running."""
+    from vm.folder import RuntimeFolder
+    from vm.qemu import Qemu
+
+    qemu = Qemu.find(RuntimeFolder(vm, places.vm_runtime(vm)))
+    if qemu is None:
+        return None
+    with qemu:
+        return qemu.pid
 
 
 def _kept_as(done: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Checking a repository: pure reading, typed findings.
 
-The structure: every record's place in the chain, signature and seal; every pack's header, footer and length; every
+The structure: the files of key slots; every record's place in the chain, signature and seal; every pack's header, footer and length; every
 page map down to chunks that some pack holds. With `read_data`: every frame opened, decompressed and every chunk
 hashed. When something is damaged, all generations are walked to say which of them, and which regions, are hurt.
 """
@@ -21,9 +21,11 @@ from base.workers import usable_cores
 from store import format as layout
 from store import leases, pagemap
 from store.chunker import chunk_ids
-from store.format_keys import MAX_LEVEL
+from store.format_keys import MAX_LEVEL, slot_name
+from store.keychain import read_key_files
 from store.packs import PackInfo, open_frame, read_pack
 from store.records import Generation, Region, decode_record
+from store.slots import list_slots
 from store.storage import ObjectMissingError
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ _WINDOW = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `kind`: repository, record, pack, frame, node or chunk; `offset` in bytes of `object`,
+    """One thing that is wrong. `kind`: repository, keyring, slot, record, pack, frame, node or chunk; `offset` in bytes of `object`,
     None if it is about all of it; `generations` (vm@n) and `regions` that cannot be restored because of it."""
 
     kind: str
@@ -90,6 +92,7 @@ class _Check:
         self._damage: list[_Damage] = []
 
     def run(self, last: int, numbers: list[int], generations: list[Generation]) -> Report:
+        self._slots()
         self._records(last)
         self._packs(numbers)
         broken = self._page_maps(generations)
@@ -111,13 +114,23 @@ class _Check:
         self._report.counts["generations"] = len(generations)
         return self._report
 
+    def _slots(self) -> None:
+        """A slot that is damaged keeps its owner out, who may not try it before he needs it."""
+        for info in list_slots(read_key_files(self._repository.path)):
+            if info.problem is not None:
+                name = slot_name(info.slot_id)
+                problem = info.problem.removeprefix(f"{name}: ")
+                self._report.findings.append(Finding("slot", name, None, problem, (), ()))
+
     def _records(self, last: int) -> None:
         previous: bytes | None = layout.ZERO_ID
+        epoch = 0
         for sequence in range(1, last + 1):
             name = layout.record_name(sequence)
             try:
                 data = self._repository.storage.get(name)
-                previous = decode_record(self._repository.keys, data, sequence, previous).id
+                record = decode_record(self._repository.keys, data, sequence, previous, epoch)
+                previous, epoch = record.id, record.header.epoch
             except IntegrityError as error:
                 previous = None  # the next one's link cannot be held against it
                 self._report.findings.append(Finding("record", name, error.offset, error.problem, (), ()))

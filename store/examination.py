@@ -34,7 +34,7 @@ _DATABASE_BYTES = 48
 _MARKER_BYTES = 512
 _PROBE_SECONDS = 60.0
 _PROBE_BYTES_PER_SECOND = 10e6
-"""Slower than this and the probe is taken to hang. It reads and checks about 1 GB/s from the page cache."""
+"""Slower than this and the probe is taken to hang. It reads and checks about 2 GB/s from the page cache."""
 
 
 class FileFacts(msgspec.Struct, frozen=True, kw_only=True):

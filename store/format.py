@@ -37,7 +37,7 @@ FOOTER  (plaintext, before sealing)
     offset size  field
          0    4  number of frames, f
          4    4  number of chunks in all, c
-         8  4*f  offset of each frame in the pack
+         8  4*f  where each frame begins in the pack: offset of the length before it
      8+4*f  2*f  number of chunks in each frame
      8+6*f 32*c  chunk ids, in order of frames and slots
 

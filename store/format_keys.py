@@ -8,7 +8,7 @@ SLOT  files `keys/<slot id, 16 hex digits>`, 308 bytes
          8    2  format version, 1
         10    1  kind: 1 passphrase, 2 key file
         11    1  zero
-        12    4  Argon2id memory in KiB, at most 4194304
+        12    4  Argon2id memory in KiB, at most 2097152; times passes at most 4194304
         16    4  Argon2id passes, at most 64
         20    4  Argon2id lanes, at most 64
         24    8  slot id, random
@@ -26,7 +26,7 @@ KEYRING  files `keyring/<number, 8 digits>`; the highest number counts
     offset size  field
          0    8  magic "PERDKEYS"
          8    2  format version, 1
-        10    2  number of slots, s
+        10    2  number of slots, s, at most 64; KiB times passes of all of them at most 16777216
         12    2  number of signing keys, k
         14    2  zero
         16    8  number of this keyring, from 1
@@ -114,6 +114,12 @@ SEAL_OVERHEAD = NONCE_BYTES + TAG_BYTES
 SLOT_BYTES = SLOT_CLEAR.size + SEAL_OVERHEAD + 2 * KEY_BYTES + HASH_BYTES
 LABEL_BYTES = 64
 MAX_KEYRING = 16 << 20
+MAX_SLOTS = 64
+MAX_SLOT_COST = 4 << 20
+"""KiB times passes of one slot: 8 times the default, 3 s on two cores of an EPYC 9005. Memory alone: 2 GiB."""
+MAX_KEYRING_COST = 16 << 20
+"""KiB times passes of all slots of a keyring, which is what a wrong passphrase costs: 32 default slots, 12 s there.
+Whoever can write the folder can put any slots there, and they are tried before the keyring is known to be his."""
 
 SEALED_SLOT, SEALED_MASTER, SEALED_KEYRING = 32, 33, 34
 """Kinds of sealed parts; those of packs and records are in store.format."""
@@ -147,7 +153,7 @@ class SlotKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Argon2Parameters:
-    """Cost of opening a slot, `time` in passes; raises UsageError outside the bounds (4 GiB, 64 passes, 64 lanes)."""
+    """What opening a slot takes, `time` in passes; raises UsageError outside the bounds."""
 
     memory_kib: int
     time: int
@@ -155,11 +161,17 @@ class Argon2Parameters:
 
     def __post_init__(self) -> None:
         lanes = 1 <= self.lanes <= 64
-        if not (lanes and 1 <= self.time <= 64 and 8 * self.lanes <= self.memory_kib <= 4 << 20):
+        memory = 8 * self.lanes <= self.memory_kib <= 2 << 20
+        if not (lanes and memory and 1 <= self.time <= 64 and self.cost <= MAX_SLOT_COST):
             raise UsageError(
                 f"Argon2id with {self.memory_kib} KiB, {self.time} passes, {self.lanes} lanes: allowed are 8 KiB a lane"
-                " to 4 GiB, 1 to 64 passes, 1 to 64 lanes"
+                " to 2 GiB, 1 to 64 passes, 4 GiB times passes, 1 to 64 lanes"
             )
+
+    @property
+    def cost(self) -> int:
+        """Time that it takes grows with this: KiB times passes."""
+        return self.memory_kib * self.time
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +322,7 @@ def decode_keyring(data: bytes, name: str) -> tuple[KeyringHeader, bytes, bytes]
     _, _, slots, keys, number, repository_id, previous, salt, epoch, length = KEYRING_HEADER.unpack_from(data)
     slots_at = KEYRING_HEADER.size + keys * KEYRING_SIGNING_KEY.size
     body_at = slots_at + slots * KEYRING_SLOT.size
-    if len(data) != body_at + length + SIGNATURE_BYTES or not keys or not slots:
+    if len(data) != body_at + length + SIGNATURE_BYTES or not keys or not 1 <= slots <= MAX_SLOTS:
         raise IntegrityError(name, "the keyring is truncated or damaged")
     if name != keyring_name(number):
         raise IntegrityError(name, f"holds keyring {number}: was put in the place of another")

@@ -30,19 +30,7 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = _Seen(0, layout.ZERO_ID.hex())
-        try:
-            self._seen = msgspec.json.decode(path.read_bytes(), type=_Seen)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise StorageError.from_os(error, str(path), "read") from error
-        except msgspec.DecodeError as error:
-            raise IntegrityError(
-                str(path),
-                f"what this host remembers of the repository is damaged ({error}): "
-                "check the repository, then remove this file",
-            ) from error
+        self._seen = self._read()
         self._keyring = self._seen.keyring, self._seen.keyring_hash
 
     def check(self, hash_of: Callable[[int], bytes | None]) -> None:
@@ -60,9 +48,14 @@ class History:
                 layout.record_name(sequence), "is not the record that this host has seen: history was changed"
             )
 
-    def check_keyring(self, number: int, keyring_hash: bytes) -> None:
-        """Compare the keyring that was opened. Raises IntegrityError."""
+    def check_keyring(self, number: int, keyring_hash: bytes, descends: Callable[[int, bytes], None]) -> None:
+        """Compare the keyring that was opened. Raises IntegrityError.
+
+        `descends(number, hash)` raises it unless that keyring leads to the opened one, which is newer.
+        """
         seen = self._seen
+        if seen.keyring and number > seen.keyring:
+            descends(seen.keyring, bytes.fromhex(seen.keyring_hash))
         if number < seen.keyring or (number == seen.keyring and keyring_hash.hex() != seen.keyring_hash):
             raise IntegrityError(
                 keyring_name(number), f"is older than keyring {seen.keyring} or another one, which this host has seen"
@@ -70,16 +63,45 @@ class History:
         self._keyring = number, keyring_hash.hex()
 
     def advance(self, sequence: int, record_hash: bytes) -> None:
-        """Remember a newer record or keyring. Atomic, not synced: after a power loss an older memory is as true."""
-        seen = _Seen(max(sequence, self._seen.sequence), self._seen.hash, *self._keyring)
-        if sequence > self._seen.sequence:
-            seen = msgspec.structs.replace(seen, hash=record_hash.hex())
-        if seen == self._seen:
+        """Remember a newer record, and the keyring that was checked.
+
+        What another process has remembered meanwhile is kept. Atomic, not synced: after a power loss an older memory is
+        as true. Raises StorageError.
+        """
+        stored = self._read()
+        records = [
+            (stored.sequence, stored.hash),
+            (self._seen.sequence, self._seen.hash),
+            (sequence, record_hash.hex()),
+        ]
+        keyrings = [(stored.keyring, stored.keyring_hash), self._keyring]
+        self._seen = _Seen(
+            *max(records, key=lambda each: each[0]),  # of equal ones the first: what was seen before
+            *max(keyrings, key=lambda each: each[0]),
+        )
+        if self._seen == stored:
             return
-        self._seen = seen
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             temporary.write_bytes(msgspec.json.encode(self._seen))
             temporary.rename(self._path)
         except OSError as error:
             raise StorageError.from_os(error, str(self._path), "write") from error
+
+    def remember(self) -> None:
+        """Remember the keyring that was checked. Raises StorageError."""
+        self.advance(0, layout.ZERO_ID)
+
+    def _read(self) -> _Seen:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=_Seen)
+        except FileNotFoundError:
+            return _Seen(0, layout.ZERO_ID.hex())
+        except OSError as error:
+            raise StorageError.from_os(error, str(self._path), "read") from error
+        except msgspec.DecodeError as error:
+            raise IntegrityError(
+                str(self._path),
+                f"what this host remembers of the repository is damaged ({error}): "
+                "check the repository, then remove this file",
+            ) from error

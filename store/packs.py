@@ -225,6 +225,10 @@ class FrameReader:
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
 
+    def renew(self, keys: SealingKeys) -> None:
+        """Go on with keys that also open packs of newer epochs."""
+        self._keys = keys
+
     def frame(self, pack: int, number: int, *, cache: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """(ids (c, 32), chunks (c, chunk size)). Raises IntegrityError naming the pack and offset."""
         key = (pack, number)

@@ -26,7 +26,7 @@ RUN  database `runs`, key: "r", run (8)
    32+32*p   16  MAC
 
 STATE  database `runs`, key "state": next run (8), serial of the last drop (8), MAC (16)
-DEAD   database `runs`, key "dead": for each dropped pack, ascending: pack (4), zero (4), serial (8); MAC (16)
+DEAD   database `runs`, key "dead": dropped packs whose entries may not all be gone yet, ascending (4 each), MAC (16)
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ _STATE = struct.Struct("<QQ")
 _FENCE = np.dtype(
     [("first", "<u8"), ("last", "<u8"), ("entries", "<u4"), ("number", "<u4"), ("tied", "<u4"), ("zero", "<u4")]
 )
-_DEAD = np.dtype([("pack", "<u4"), ("zero", "<u4"), ("serial", "<u8")])
 
 STATE_KEY, DEAD_KEY, RUN_PREFIX = b"state", b"dead", b"r"
 RUN_KEY_BYTES = _RUN_KEY.size
@@ -137,25 +136,6 @@ class State:
     serial: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Dead:
-    """Packs that were dropped, ascending and unique, each with the serial of its drop."""
-
-    packs: Packs
-    serials: NDArray[np.uint64]
-
-    def with_more(self, packs: Packs, serial: int) -> Dead:
-        """With these packs too."""
-        fresh = np.setdiff1d(packs, self.packs)
-        everything = np.concatenate([self.packs, fresh])
-        serials = np.concatenate([self.serials, np.full(len(fresh), serial, np.uint64)])
-        order = np.argsort(everything)
-        return Dead(everything[order], serials[order])
-
-
-NONE_DEAD = Dead(np.empty(0, np.uint32), np.empty(0, np.uint64))
-
-
 def encode_part(run: Run, columns: Columns, key: bytes) -> tuple[bytes, bytes]:
     """The values of a run's last part, which holds these entries: prefix column and body."""
     prefix = columns.prefix.astype("<u8", copy=False).tobytes()
@@ -210,19 +190,15 @@ def decode_state(value: bytes | None, key: bytes) -> State:
     return State() if value is None else State(*_STATE.unpack(_opened(STATE_KEY, value, key)))
 
 
-def encode_dead(dead: Dead, key: bytes) -> bytes:
-    """The value under DEAD_KEY."""
-    rows = np.zeros(len(dead.packs), _DEAD)
-    rows["pack"], rows["serial"] = dead.packs, dead.serials
-    return _sealed(DEAD_KEY, rows.tobytes(), key)
+def encode_dead(dead: Packs, key: bytes) -> bytes:
+    """The value under DEAD_KEY: packs, ascending."""
+    return _sealed(DEAD_KEY, dead.astype("<u4").tobytes(), key)
 
 
-def decode_dead(value: bytes | None, key: bytes) -> Dead:
-    """Dropped packs from their value; none from None. Raises DamagedValueError."""
-    if value is None:
-        return NONE_DEAD
-    rows = np.frombuffer(_opened(DEAD_KEY, value, key), _DEAD)
-    return Dead(rows["pack"].astype(np.uint32), rows["serial"].astype(np.uint64))
+def decode_dead(value: bytes | None, key: bytes) -> Packs:
+    """Dropped packs, ascending, from their value; none from None. Raises DamagedValueError."""
+    data = b"" if value is None else _opened(DEAD_KEY, value, key)
+    return np.frombuffer(data, "<u4").astype(np.uint32)
 
 
 def _checked(

@@ -156,18 +156,24 @@ def encode_record(
     return signed + keys.sign(signed)
 
 
-def decode_record(keys: Keys, data: bytes, sequence: int, previous: bytes | None) -> Record:
+def decode_record(keys: Keys, data: bytes, sequence: int, previous: bytes | None, epoch: int = 0) -> Record:
     """Verify place in the chain, signature and seal. `previous` None skips the link (its neighbour is not at hand).
 
-    Raises IntegrityError, FormatVersionError, naming the record.
+    `epoch` is that of the record before: an older one is refused. Whoever writes has read what he follows, so that
+    nobody honest goes back; who still holds a signing key that was replaced cannot go on once a record of the next
+    epoch stands. Raises IntegrityError, FormatVersionError, naming the record.
     """
     name = layout.record_name(sequence)
     header, sealed, signature = layout.decode_record(data, name)
+    if header.epoch > keys.current_epoch:
+        raise IntegrityError(name, unknown_epoch(header.epoch, keys.current_epoch))
     keys.verify(keys.public_key_of(header.epoch), data[: -layout.SIGNATURE_BYTES], signature, name)
     if header.sequence != sequence:
         raise IntegrityError(name, f"holds record {header.sequence}: history was reordered")
     if previous is not None and header.previous != previous:
         raise IntegrityError(name, "does not follow the record before it: history was changed")
+    if header.epoch < epoch:
+        raise IntegrityError(name, replaced_keys(header.epoch, epoch))
     kind = _BODIES.get(header.kind)
     if kind is None:
         raise IntegrityError(name, f"is of kind {header.kind}, which this Perdure does not know: upgrade Perdure")
@@ -211,6 +217,21 @@ def generation_of(
         metadata=body.metadata,
         protected=protected,
     )
+
+
+def replaced_keys(found: int, epoch: int) -> str:
+    """The problem of a record whose epoch is older than that of a record before it."""
+    return f"is of epoch {found} after records of epoch {epoch}: written with keys that were replaced before"
+
+
+def unknown_epoch(found: int, newest: int) -> str:
+    """The problem of a record whose epoch is newer than those of the keyring at hand."""
+    return f"is of epoch {found}, and the keyring knows none after {newest}: a newer one is not there or cannot be used"
+
+
+def epoch_of(data: bytes, sequence: int) -> int:
+    """Epoch of a record, which is not verified. Raises IntegrityError, FormatVersionError."""
+    return layout.decode_record(data, layout.record_name(sequence))[0].epoch
 
 
 def _object_id(header: layout.RecordHeader) -> bytes:

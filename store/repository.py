@@ -30,6 +30,7 @@ from base.errors import (
     RepositoryMissingError,
     StorageError,
     UsageError,
+    WrongPassphraseError,
 )
 from base.extents import Extents
 from base.progress import Progress, silent
@@ -39,8 +40,10 @@ from store import pagemap
 from store.catalog import DATABASES, Catalog
 from store.chunker import PackingSettings
 from store.environment import Environment, IndexLostError
+from store.format_keys import keyring_name
 from store.history import History
 from store.index import Index
+from store.keychain import read_key_files
 from store.keys import Keys
 from store.lanes import WorkerLanes
 from store.nodes import StoredNodes
@@ -57,8 +60,11 @@ from store.records import (
     UncertainCommitError,
     decode_record,
     encode_record,
+    epoch_of,
     generation_of,
+    unknown_epoch,
 )
+from store.slots import require_descent
 from store.storage import LocalStorage
 from store.writer import GenerationWriter, RegionDraft
 
@@ -107,15 +113,6 @@ def read_mark(path: Path) -> bytes:
     return layout.decode_config(data, str(path / "config"))
 
 
-def read_key_files(path: Path) -> dict[str, bytes]:
-    """Key slots and keyrings by storage name."""
-    storage = LocalStorage(path)
-    try:
-        return {name: storage.get(name) for folder in ("keys", "keyring") for name in storage.list(folder)}
-    finally:
-        storage.close()
-
-
 _TIDY_SECONDS = 0.2
 """Merging of the index when a repository is closed."""
 _REPLAY_AT_ONCE = 64
@@ -126,7 +123,8 @@ class Repository:
     """An open repository, unlocked with `keys`; a context manager.
 
     `state` is this host's private folder for it (index and remembered history). `pool` (made with
-    store.lanes.serve_chunker, before this is opened) takes large work.
+    store.lanes.serve_chunker, before this is opened) takes large work. `unlock` opens the newest keyring again after
+    somebody has changed keys; without it, this stops where the first record of a newer epoch stands.
     """
 
     def __init__(
@@ -138,6 +136,7 @@ class Repository:
         pool: WorkerPool | None = None,
         progress: Progress = silent,
         disk: Disk | None = None,
+        unlock: Callable[[], Keys] | None = None,
     ) -> None:
         if read_mark(path) != keys.repository_id:
             raise IntegrityError(str(path / "config"), "belongs to another repository than the keys beside it")
@@ -149,7 +148,8 @@ class Repository:
         self.storage = LocalStorage(path, self.disk)
         self.settings = PackingSettings()
         self._history = History(state / "history.json")
-        self._history.check_keyring(keys.header.number, keys.keyring_hash)
+        self._unlock, self._locked_out = unlock, False
+        keys = self.keys = self._newest_keys()
         with ExitStack() as undo:
             undo.callback(self.storage.close)
             self.environment = self._open_environment(state)
@@ -186,10 +186,13 @@ class Repository:
         """Replay what other processes have committed. Raises IntegrityError when history was changed or went back."""
         with self.environment.read() as txn:
             sequence, last = self.catalog.last(txn)
-        if sequence and layout.record_id(self._record_bytes(sequence)) != last:
-            raise IntegrityError(
-                layout.record_name(sequence), "is not the record that this host has seen: history was changed"
-            )
+        if sequence:
+            data = self._record_bytes(sequence)
+            if layout.record_id(data) != last:
+                raise IntegrityError(
+                    layout.record_name(sequence), "is not the record that this host has seen: history was changed"
+                )
+            self._require_epoch_of(data, sequence)  # another process of this host may have replayed it
         while self.storage.exists(layout.record_name(sequence + 1)):
             with self.environment.write() as txn:
                 sequence = self._replay(txn, progress, _REPLAY_AT_ONCE)
@@ -249,6 +252,11 @@ class Repository:
     def writer(self, vm: str, parent: Generation | None = None) -> GenerationWriter:
         """Begin a generation of a VM, from its parent's content if one is given."""
         self.storage.remove_leftovers("packs")
+        if not self._locked_out:
+            try:
+                self._renew_keys()
+            except PerdureError:  # the keys at hand will do until somebody has written with newer ones
+                self._locked_out = True
         return GenerationWriter(self, vm, parent)
 
     def worker_lanes(self) -> WorkerLanes:
@@ -347,6 +355,7 @@ class Repository:
             self._replay(txn, silent, None)
             body, vm_id, number, parent = numbered(txn)
             sequence, previous = self.catalog.last(txn)
+            self._require_epoch_of(self._record_bytes(sequence), sequence)
             data = encode_record(
                 self.keys, kind, sequence + 1, previous, body, vm_id=vm_id, number=number, parent=parent
             )
@@ -367,10 +376,15 @@ class Repository:
     def _replay(self, txn: lmdb.Transaction, progress: Progress, limit: int | None) -> int:
         """Replay at most `limit` records that this host has not seen; gives the last sequence."""
         sequence, previous = self.catalog.last(txn)
-        first, total = sequence, 0
+        first, total, epoch = sequence, 0, 0
         while (limit is None or sequence - first < limit) and self.storage.exists(layout.record_name(sequence + 1)):
+            if sequence and not epoch:
+                epoch = epoch_of(self._record_bytes(sequence), sequence)
             sequence += 1
-            record = decode_record(self.keys, self._record_bytes(sequence), sequence, previous)
+            data = self._record_bytes(sequence)
+            self._require_epoch_of(data, sequence)
+            record = decode_record(self.keys, data, sequence, previous, epoch)
+            epoch = record.header.epoch
             packs: list[PackInfo] = []
             if isinstance(record.body, GenerationBody):
                 packs = [read_pack(self.storage, self.keys, bytes.fromhex(each)) for each in record.body.packs]
@@ -379,6 +393,39 @@ class Repository:
             total = total or sum(1 for _ in self.storage.list("records"))
             progress("indexing records", sequence, max(total, sequence))
         return sequence
+
+    def _require_epoch_of(self, data: bytes, sequence: int) -> None:
+        """Have the keys of a record's epoch. What follows it must not be of an older one, so no writer goes on without.
+
+        Raises WrongPassphraseError, IntegrityError.
+        """
+        epoch = epoch_of(data, sequence)
+        if epoch > self.keys.current_epoch:
+            self._renew_keys()
+        if epoch > self.keys.current_epoch:
+            raise IntegrityError(layout.record_name(sequence), unknown_epoch(epoch, self.keys.current_epoch))
+
+    def _renew_keys(self) -> None:
+        self.keys = self._newest_keys()
+        self.frames.renew(self.keys)
+        self._locked_out = False
+
+    def _newest_keys(self) -> Keys:
+        """The keys at hand, or those of a keyring that was made meanwhile; compared with what this host has seen."""
+        keys = self.keys
+        if self._unlock is not None and self.storage.exists(keyring_name(keys.header.number + 1)):
+            try:
+                keys = self._unlock()
+            except WrongPassphraseError as error:
+                raise WrongPassphraseError(
+                    "keys were changed, and what this process was started with opens them no longer: start it again"
+                ) from error
+        self._history.check_keyring(
+            keys.header.number,
+            keys.keyring_hash,
+            lambda number, seen: require_descent(read_key_files(self.path), number, seen),
+        )
+        return keys
 
     def _require_no_gap(self) -> None:
         """Sequences have no holes: a record beyond a missing one means that history was taken out."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -147,19 +147,22 @@ def unlock(files: Mapping[str, bytes], credential: Credential) -> Keys:
     Raises WrongPassphraseError, IntegrityError or FormatVersionError naming the file, StorageError (Argon2id gets no
     memory).
     """
-    header, name = _newest(files)
+    header, name = newest(files)
     kind, secret = _kind_of(credential)
     problems: list[IntegrityError | FormatVersionError] = []
+    whole: list[tuple[KeyringSlot, SlotHeader, bytes]] = []
     for entry in header.slots:
         try:
-            slot, sealed = _read_slot(files, entry)
+            whole.append((entry, *_read_slot(files, entry)))
         except (IntegrityError, FormatVersionError) as error:
             problems.append(error)
-            continue
+    if _cost(slot for _, slot, _ in whole) > layout.MAX_KEYRING_COST:
+        raise IntegrityError(name, f"trying its {len(whole)} key slots would take longer than any writer lets it take")
+    for entry, slot, sealed in whole:
         opened = _open_slot(slot, sealed, files[layout.slot_name(entry.slot_id)], secret) if slot.kind == kind else None
         if opened is not None:
             private, trusted = opened
-            _trust(header, trusted, name)
+            require_trusted(header, trusted, name)
             return _open_keyring(header, entry, files[name], private)
     if problems:
         raise problems[0]
@@ -184,10 +187,10 @@ def change(
     of the epochs up to now; a new epoch keeps what is written from then on from him, a new signing key keeps him from
     signing it. Slots keep trusting the signing key that they were made under: make them anew if that one is stolen.
 
-    Raises ConflictError (no usable slot would be left, or keys changed meanwhile), NotFoundError, UsageError,
+    Raises ConflictError (no usable slot would be left, too many, or keys changed meanwhile), NotFoundError, UsageError,
     IntegrityError.
     """
-    header, name = _newest(files)
+    header, name = newest(files)
     if (header.number, blake3(files[name]).digest()) != (keys.header.number, keys.keyring_hash):
         raise ConflictError(f"{name}: keys were changed meanwhile: open the repository again")
     unknown = set(remove) - {each.slot_id for each in header.slots}
@@ -209,6 +212,7 @@ def change(
     if add is not None:
         put, holder = _new_slot(add, header.repository_id, signing_keys[-1].public_key, created)
         holders.append(holder)
+        _require_room(files, put, holders, layout.keyring_name(header.number + 1))
     elif not {each.slot_id for each in kept} & {each.slot_id for each in list_slots(files) if each.problem is None}:
         raise ConflictError(f"{name}: no usable key slot would be left: add another one first")
     bare = replace(
@@ -227,7 +231,7 @@ def change(
 
 def list_slots(files: Mapping[str, bytes]) -> tuple[SlotInfo, ...]:
     """Slots of the newest keyring; needs no secret, and trusts what stands there. Raises IntegrityError."""
-    header, _ = _newest(files)
+    header, _ = newest(files)
     found = []
     for entry in header.slots:
         try:
@@ -237,19 +241,66 @@ def list_slots(files: Mapping[str, bytes]) -> tuple[SlotInfo, ...]:
     return tuple(found)
 
 
-def audit(files: Mapping[str, bytes], trusted: bytes) -> KeyringHeader:
-    """The newest keyring's clear part, proven by one public key that the auditor trusts; needs no secret.
+def newest(files: Mapping[str, bytes]) -> tuple[KeyringHeader, str]:
+    """The keyring that counts, and its name: it is whole, and signed by the last key of its own chain.
 
-    Keyrings that are still there must follow each other. Raises IntegrityError.
+    That alone says nothing of whose it is. Needs no secret. Raises IntegrityError, FormatVersionError.
     """
-    header, name = _newest(files)
-    _trust(header, trusted, name)
-    at = header
-    while (before := layout.keyring_name(at.number - 1)) in files:
-        if blake3(files[before]).digest() != at.previous:
-            raise IntegrityError(before, "is not the keyring that the next one follows: history was changed")
-        at = _verified(files[before], before)
+    names = [each for each in files if _KEYRING.fullmatch(each)]
+    if not names:
+        raise IntegrityError("keyring", "is missing from the repository")
+    name = max(names)
+    return read_keyring(files[name], name), name
+
+
+def read_keyring(data: bytes, name: str) -> KeyringHeader:
+    """Like `newest`, for any keyring."""
+    header, _, signature = layout.decode_keyring(data, name)
+    chain = header.signing_keys
+    Keys.verify(chain[-1].public_key, memoryview(data)[:-SIGNATURE_BYTES], signature, name)
+    for old, new in pairwise(chain):
+        link = layout.encode_link(header.repository_id, new.first_epoch, old.public_key, new.public_key)
+        Keys.verify(old.public_key, link, new.link, name)
     return header
+
+
+def require_trusted(header: KeyringHeader, trusted: bytes, name: str) -> None:
+    """Raises IntegrityError unless the keyring's chain of signing keys, verified before, contains the trusted one."""
+    if trusted not in [each.public_key for each in header.signing_keys]:
+        raise IntegrityError(
+            name, "is not signed by a key that is trusted: it was put in place of the repository's own"
+        )
+
+
+def require_successor(before: bytes, after: KeyringHeader) -> KeyringHeader:
+    """The keyring before another, proven to be it; `before` is its file.
+
+    Its signing keys must all stand in the later one: who has stolen an old signing key can sign a keyring that names
+    the newest, but cannot go on from the signing keys that came after the one that he has. Raises IntegrityError.
+    """
+    name = layout.keyring_name(after.number - 1)
+    if blake3(before).digest() != after.previous:
+        raise IntegrityError(name, "is not the keyring that the next one follows: history was changed")
+    header = read_keyring(before, name)
+    if after.signing_keys[: len(header.signing_keys)] != header.signing_keys or after.epoch < header.epoch:
+        raise IntegrityError(
+            layout.keyring_name(after.number), f"drops signing keys or epochs of {name}: somebody else wrote it"
+        )
+    return header
+
+
+def require_descent(files: Mapping[str, bytes], number: int, keyring_hash: bytes) -> None:
+    """That the newest keyring follows, one by one, the one that was seen earlier. Raises IntegrityError."""
+    header, name = newest(files)
+    while header.number > number:
+        name = layout.keyring_name(header.number - 1)
+        if name not in files:
+            raise IntegrityError(name, "is missing: newer keyrings cannot be proven to follow the one seen before")
+        header = require_successor(files[name], header)
+    if (header.number, blake3(files[name]).digest()) != (number, keyring_hash):
+        raise IntegrityError(
+            name, f"is older than keyring {number} or another one, which this host has seen: keys were put back"
+        )
 
 
 def _new_slot(
@@ -323,30 +374,18 @@ def _read_slot(files: Mapping[str, bytes], entry: KeyringSlot) -> tuple[SlotHead
     return slot, sealed
 
 
-def _newest(files: Mapping[str, bytes]) -> tuple[KeyringHeader, str]:
-    """The keyring that counts: it is whole, and signed by the last key of its own chain."""
-    names = [each for each in files if _KEYRING.fullmatch(each)]
-    if not names:
-        raise IntegrityError("keyring", "is missing from the repository")
-    name = max(names)
-    return _verified(files[name], name), name
+def _cost(slots: Iterable[SlotHeader]) -> int:
+    return sum(each.parameters.cost for each in slots)
 
 
-def _verified(data: bytes, name: str) -> KeyringHeader:
-    header, _, signature = layout.decode_keyring(data, name)
-    chain = header.signing_keys
-    Keys.verify(chain[-1].public_key, memoryview(data)[:-SIGNATURE_BYTES], signature, name)
-    for old, new in pairwise(chain):
-        link = layout.encode_link(header.repository_id, new.first_epoch, old.public_key, new.public_key)
-        Keys.verify(old.public_key, link, new.link, name)
-    return header
-
-
-def _trust(header: KeyringHeader, trusted: bytes, name: str) -> None:
-    """Raises IntegrityError unless the keyring's chain of signing keys, verified before, contains the trusted one."""
-    if trusted not in [each.public_key for each in header.signing_keys]:
-        raise IntegrityError(
-            name, "is not signed by a key that is trusted: it was put in place of the repository's own"
+def _require_room(files: Mapping[str, bytes], put: Mapping[str, bytes], holders: list[_Holder], name: str) -> None:
+    """That the next keyring is not one that `unlock` refuses. Raises ConflictError."""
+    names = [layout.slot_name(each.slot_id) for each in holders]
+    whole = [each.header for each in list_slots(files) if each.header and layout.slot_name(each.slot_id) in names]
+    whole += [layout.decode_slot(data, each)[0] for each, data in put.items()]
+    if len(holders) > layout.MAX_SLOTS or _cost(whole) > layout.MAX_KEYRING_COST:
+        raise ConflictError(
+            f"{name}: {len(holders) - 1} key slots are all that a keyring holds at their cost: remove one first"
         )
 
 
@@ -366,7 +405,7 @@ def _seal_keyring(bare: KeyringHeader, body: KeyringBody, holders: list[_Holder]
     clear = layout.encode_keyring_clear(header, len(plain) + layout.SEAL_OVERHEAD)
     unsigned = clear + _body_sealer(header, clear, master).seal(header.number, plain)
     data = unsigned + Ed25519PrivateKey.from_private_bytes(body.signing_private).sign(unsigned)
-    _verified(data, layout.keyring_name(header.number))
+    read_keyring(data, layout.keyring_name(header.number))
     return data, Keys(header, body, blake3(data).digest(), slot_id)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from store.chunker import PackingSettings
 from store.format_keys import Argon2Parameters
-from store.repository import Repository, create, read_key_files
+from store.keychain import read_key_files
+from store.repository import Repository, create
 from store.slots import new_keyring, unlock
 
 PASSPHRASE = b"correct horse battery staple"

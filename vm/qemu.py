@@ -18,8 +18,6 @@ import re
 import select
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -304,7 +302,7 @@ def _read_record(folder: RuntimeFolder) -> Record | None:
 
 def _unrecorded(folder: RuntimeFolder) -> Record | None:
     """A QEMU of ours that there is no record of: it may be too young to listen on its socket. Source: proc(5)."""
-    monitor = f"path={folder.monitor},".encode()
+    monitor = f"path={str(folder.monitor).replace(',', ',,')},".encode()  # as QEMU's options have it
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if monitor in (entry / "cmdline").read_bytes() and entry.stat().st_uid == os.geteuid():

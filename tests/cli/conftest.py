@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Shell:
@@ -16,6 +19,7 @@ class Shell:
         self.repository = root / "repository"
         self.environment = {
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),  # the code beside these tests, whatever is installed
             "PERDURE_REPOSITORY": str(self.repository),
             "PERDURE_PASSWORD": "correct horse",
             "PERDURE_STATE_DIR": str(root / "state"),

@@ -115,6 +115,10 @@ class Run:
         """Let go; the process has ended."""
         self._pipe.close()
 
+    def look(self) -> None:
+        """Take what has been said by now into `text`."""
+        self._receive(0.0)
+
     def _receive(self, deadline: float) -> None:
         select.select([self._pipe], [], [], max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(BlockingIOError):
@@ -141,7 +145,7 @@ memory = {MEMORY}
 accelerator = "tcg"
 kernel = "{image.kernel}"
 initrd = "{image.initrd}"
-append = "console=ttyS0 quiet panic=-1"
+append = "console=ttyS0 quiet panic=-1 no_timer_check"
 extra = [
     "-qmp", "unix:{self.folder}/{judge.SOCKET},server=on,wait=off",
     "-chardev", "socket,id=test,path={self.folder}/test.sock,server=on,wait=off",
@@ -205,6 +209,19 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
             timeout=SECONDS,
         )
 
+    @contextlib.contextmanager
+    def beside(self, *words: object) -> Iterator[None]:
+        """A command that works while the block does, and whose end is waited for; what it says is not of interest."""
+        command = [sys.executable, "-m", "perdure", *map(str, words)]
+        with subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                yield
+                process.wait(SECONDS)
+            finally:
+                process.kill()
+
     @property
     def run(self) -> Run:
         """The supervisor that was started last."""
@@ -265,6 +282,17 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
 
     # What happens to VMs
 
+    @property
+    def runtime(self) -> Path:
+        """The VM's runtime folder."""
+        return self.state / "run" / NAME
+
+    @property
+    def baseline(self) -> str | None:
+        """Generation since which tracking has found every write, by its journal; None while that is not known."""
+        noted = json.loads((self.runtime / "journal.json").read_text())
+        return None if noted["collecting"] else noted["generation"]
+
     def kill_qemu(self) -> None:
         """SIGKILL."""
         pids = [pid for pid, words in self._processes() if "qemu" in words[0]]
@@ -279,7 +307,7 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
         self.run.kill()
         self.kill_qemu()
         self._unmount()
-        shutil.rmtree(self.state / "run")
+        shutil.rmtree(self.runtime.parent)
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait for something that nobody reports."""
@@ -287,6 +315,13 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
         while not condition():
             assert time.monotonic() < deadline, f"it never came: {what}"
             time.sleep(0.02)  # between two looks
+
+    def report(self) -> str:
+        """What the supervisors said and the end of what the guest wrote, for whoever reads of a failure."""
+        console = self.runtime / "console.log"
+        written = console.read_text(errors="replace")[-4000:] if console.exists() else "(gone)"
+        self.run.look()
+        return "\n".join([*(run.text for run in self.runs), "console:", written])
 
     def healthy(self) -> bool:
         """Whether there is a supervisor, and a guest that answers."""

@@ -70,15 +70,15 @@ def lender(guest_image: Image) -> Iterator[Lender]:
 
 
 @pytest.fixture(params=TRACKERS)
-def vm(request: pytest.FixtureRequest, lender: Lender) -> Supervised:
+def vm(request: pytest.FixtureRequest, lender: Lender) -> Iterator[Supervised]:
     """A running VM, with each tracker that this kernel can have."""
-    return lender.lend(request.param)
+    vm = lender.lend(request.param)
+    yield vm
+    print(vm.report())  # shown for a test that fails
 
 
-@pytest.fixture
-def any_vm(lender: Lender) -> Supervised:
-    """A running VM with the tracker that Perdure chooses."""
-    return lender.lend("auto")
+whatever_tracker = pytest.mark.parametrize("vm", ["auto"], indirect=True)
+"""For a test that does not depend on it: once is enough."""
 
 
 def boot(vm: Supervised, *words: str) -> None:
@@ -155,13 +155,18 @@ def assert_as_expected_before_boot(vm: Supervised, expected: bytes) -> None:
         assert pages_with_content(found["ram"]) <= FIRMWARE
 
 
+def largest_pack(vm: Supervised, shown: Any) -> Path:
+    """The pack with most of what a generation added, from its `perdure show`."""
+    return max((vm.repository / "packs" / name for name in shown["packs"]), key=lambda path: path.stat().st_size)
+
+
 @contextlib.contextmanager
-def damaged(path: Path) -> Iterator[None]:
-    """One flipped bit in the middle of a file, for a while."""
+def damaged(path: Path) -> Iterator[str]:
+    """One flipped bit in the middle of a file, for a while; gives its name."""
     good = path.read_bytes()
     at = len(good) // 2
     path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    yield
+    yield path.name
     path.write_bytes(good)
 
 
@@ -175,7 +180,7 @@ def assert_reboot_keeps_only_what_is_tagged(vm: Supervised) -> None:
         expected = only(running["pm0"], area)
     boots = vm.boots
     reboot(vm)
-    assert vm.boots == boots + 1, vm.run.text
+    assert vm.boots == boots + 1
     with vm.before_boot() as found:
         assert all(each.find(secret) < 0 for each in found.values())
     assert_as_expected_before_boot(vm, expected)
@@ -192,7 +197,10 @@ def test_a_reboot_under_uefi_keeps_what_is_tagged_and_nothing_else(guest_image: 
     vm = Supervised(guest_image, settings='firmware = "ovmf"')
     with contextlib.closing(vm):
         boot(vm)
-        assert_reboot_keeps_only_what_is_tagged(vm)
+        try:
+            assert_reboot_keeps_only_what_is_tagged(vm)
+        finally:
+            print(vm.report())
 
 
 def test_a_reboot_stores_only_what_changed(vm: Supervised) -> None:
@@ -260,8 +268,8 @@ def test_a_checkpoint_is_a_generation_when_the_call_returns(vm: Supervised) -> N
 def test_a_supervisor_that_was_killed_is_followed_by_one_that_knows_as_much(vm: Supervised) -> None:
     still, area = write(vm, "still", 6, MIB), write(vm, "kept", 7)
     vm.guest.run("numbers = count('counter')")
-    last = snapshot(vm)["generation"]
-    before = vm.status()
+    made = snapshot(vm)
+    last, before = made["generation"], vm.status()
     vm.run.kill()
     assert vm.run.ended() == -signal.SIGKILL
     seen = vm.guest.run("change([3, 5], 700); numbers[0]")
@@ -273,6 +281,8 @@ def test_a_supervisor_that_was_killed_is_followed_by_one_that_knows_as_much(vm: 
     assert [after[key] for key in ("pid", "tracker", "generation")] == [
         before[key] for key in ("pid", "tracker", "generation")
     ]
+    if after["tracker"].startswith("userfaultfd"):
+        assert vm.baseline == made["id"]
     made = snapshot(vm)
     assert (made["generation"], made["dirty_bytes"]) == (last + 1, 3 * PAGE)
     changed_in = {each["name"]: each["generation"] for each in vm.perdure("regions", NAME)["regions"]}
@@ -281,8 +291,27 @@ def test_a_supervisor_that_was_killed_is_followed_by_one_that_knows_as_much(vm: 
         assert vm.export() == only(running["pm0"], still, area, vm.area("counter"))
 
 
-def test_the_tracker_is_chosen_and_the_reason_shown(any_vm: Supervised) -> None:
-    chosen = any_vm.status()["tracker"]
+def test_a_capture_that_is_killed_costs_no_page_of_the_next_one(vm: Supervised) -> None:
+    """Bits that say what was written are gone by then."""
+    size = 16 * MIB
+    area = write(vm, "kept", 23, size)
+    snapshot(vm)
+    vm.guest.run(f"memory[:] = content(24, {size})")
+    with vm.beside("snapshot", NAME):
+        vm.until(lambda: vm.baseline is None, "a capture has begun to collect")
+        vm.run.kill()
+    history = vm.log()
+    boot(vm)
+    vm.guest.run("change([9], 2300)")
+    made = snapshot(vm)
+    assert made["generation"] == history[-1]["generation"] + 1
+    with vm.memory() as running:
+        assert vm.export() == only(running["pm0"], area)
+
+
+@whatever_tracker
+def test_the_tracker_is_chosen_and_the_reason_shown(vm: Supervised) -> None:
+    chosen = vm.status()["tracker"]
     if has_pagemap_scan():
         assert chosen.startswith("userfaultfd (Linux ")
     else:
@@ -290,8 +319,8 @@ def test_the_tracker_is_chosen_and_the_reason_shown(any_vm: Supervised) -> None:
         assert "PAGEMAP_SCAN" in chosen
 
 
-def test_power_loss_of_the_host_costs_what_came_after_the_last_generation(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_power_loss_of_the_host_costs_what_came_after_the_last_generation(vm: Supervised) -> None:
     area = write(vm, "kept", 8)
     number = vm.guest.run("perdure_guest.checkpoint().generation")
     expected = vm.export(number)
@@ -305,8 +334,38 @@ def test_power_loss_of_the_host_costs_what_came_after_the_last_generation(any_vm
     assert vm.guest.run(f"holds('kept', {SIZE}, 8)")
 
 
-def test_what_a_killed_qemu_left_is_captured_and_restored(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_a_guest_does_not_boot_on_memory_that_cannot_be_restored(vm: Supervised) -> None:
+    write(vm, "kept", 25)
+    made = vm.perdure("show", f"{NAME}@{snapshot(vm)['generation']}")
+    vm.lose_power()
+    with damaged(largest_pack(vm, made)) as pack:
+        assert vm.start().ended() == 1
+        assert pack in vm.run.text
+        assert not list(vm.runtime.glob("memory*"))
+        boot(vm, "--without-restore")
+    with vm.before_boot() as found:
+        assert not any(found["pm0"][:])
+    vm.lose_power()
+    boot(vm)
+    assert_as_expected_before_boot(vm, vm.export(made["generation"]))
+
+
+@whatever_tracker
+def test_a_launch_can_begin_with_an_older_generation(vm: Supervised) -> None:
+    write(vm, "kept", 26)
+    first = snapshot(vm)
+    vm.guest.run(f"memory[:] = content(27, {SIZE})")
+    snapshot(vm)
+    vm.lose_power()
+    boot(vm, "--from", f"{NAME}@{first['generation']}")
+    assert_as_expected_before_boot(vm, vm.export(first["generation"]))
+    head = vm.log()[-1]
+    assert (head["cause"], head["parent"]) == ("rollback", first["id"])
+
+
+@whatever_tracker
+def test_what_a_killed_qemu_left_is_captured_and_restored(vm: Supervised) -> None:
     expected = write_past_the_last_generation(vm, 9)
     vm.kill_qemu()
     assert vm.run.ended() == 1
@@ -315,8 +374,8 @@ def test_what_a_killed_qemu_left_is_captured_and_restored(any_vm: Supervised) ->
     assert_as_expected_before_boot(vm, expected)
 
 
-def test_what_was_left_while_nobody_supervised_is_captured_and_restored(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_what_was_left_while_nobody_supervised_is_captured_and_restored(vm: Supervised) -> None:
     expected = write_past_the_last_generation(vm, 10)
     vm.run.kill()
     vm.kill_qemu()
@@ -326,9 +385,9 @@ def test_what_was_left_while_nobody_supervised_is_captured_and_restored(any_vm: 
     assert_as_expected_before_boot(vm, expected)
 
 
-def test_a_guest_that_powers_off_is_captured_and_restored(any_vm: Supervised) -> None:
+@whatever_tracker
+def test_a_guest_that_powers_off_is_captured_and_restored(vm: Supervised) -> None:
     """And a supervisor that dies before that boot's first instruction costs nothing."""
-    vm = any_vm
     expected = write_past_the_last_generation(vm, 11)
     go_down(vm, "poweroff")
     assert vm.run.ended() == 0
@@ -340,8 +399,8 @@ def test_a_guest_that_powers_off_is_captured_and_restored(any_vm: Supervised) ->
     assert vm.log()[-1]["cause"] == "shutdown"
 
 
-def test_a_guest_that_panics_is_captured_and_ended(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_a_guest_that_panics_is_captured_and_ended(vm: Supervised) -> None:
     expected = write_past_the_last_generation(vm, 22)
     go_down(vm, "panic")
     assert vm.run.ended() == 0
@@ -349,9 +408,9 @@ def test_a_guest_that_panics_is_captured_and_ended(any_vm: Supervised) -> None:
     assert_captured(vm, "panic", expected)
 
 
-def test_a_reboot_while_nobody_supervises_is_held_for_the_next_supervisor(any_vm: Supervised) -> None:
+@whatever_tracker
+def test_a_reboot_while_nobody_supervises_is_held_for_the_next_supervisor(vm: Supervised) -> None:
     """Also where that one dies before the guest has gone on."""
-    vm = any_vm
     expected = write_past_the_last_generation(vm, 12)
     vm.run.kill()
     boots, booted = vm.boots, vm.guest.boot_id
@@ -366,8 +425,18 @@ def test_a_reboot_while_nobody_supervises_is_held_for_the_next_supervisor(any_vm
     assert_as_expected_before_boot(vm, expected)
 
 
-def test_a_reboot_by_the_host_that_is_cut_short_is_finished_by_the_next_supervisor(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_a_guest_that_powers_off_while_nobody_supervises_is_captured(vm: Supervised) -> None:
+    expected = write_past_the_last_generation(vm, 28)
+    vm.run.kill()
+    go_down(vm, "poweroff")
+    vm.until(lambda: vm.judge.execute("query-status")["status"] == "shutdown", "the guest is held")
+    assert vm.start().ended() == 0
+    assert_captured(vm, "shutdown", expected)
+
+
+@whatever_tracker
+def test_a_reboot_by_the_host_that_is_cut_short_is_finished_by_the_next_supervisor(vm: Supervised) -> None:
     expected = write_past_the_last_generation(vm, 21)
     booted = vm.guest.boot_id
     vm.tell_hook("kill-supervisor")
@@ -379,9 +448,9 @@ def test_a_reboot_by_the_host_that_is_cut_short_is_finished_by_the_next_supervis
     assert_as_expected_before_boot(vm, expected)
 
 
-def test_a_guest_that_was_paused_when_its_supervisor_died_goes_on(any_vm: Supervised) -> None:
+@whatever_tracker
+def test_a_guest_that_was_paused_when_its_supervisor_died_goes_on(vm: Supervised) -> None:
     """As it is in the pause of a capture."""
-    vm = any_vm
     vm.guest.run("numbers = count('counter')")
     vm.judge.execute("stop")
     vm.run.kill()
@@ -391,8 +460,8 @@ def test_a_guest_that_was_paused_when_its_supervisor_died_goes_on(any_vm: Superv
     vm.until(lambda: vm.guest.run("numbers[0]") > seen, "the guest goes on")
 
 
-def test_a_supervisor_that_is_told_to_end_leaves_its_guest_running(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_a_supervisor_that_is_told_to_end_leaves_its_guest_running(vm: Supervised) -> None:
     vm.guest.run("numbers = count('counter')")
     snapshot(vm)
     for number, causes in ((signal.SIGINT, []), (signal.SIGTERM, ["terminate"])):
@@ -407,8 +476,8 @@ def test_a_supervisor_that_is_told_to_end_leaves_its_guest_running(any_vm: Super
         assert vm.guest.boot_id == booted
 
 
-def test_a_rollback_captures_what_was_there_and_adds_to_history(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_a_rollback_captures_what_was_there_and_adds_to_history(vm: Supervised) -> None:
     area = write(vm, "kept", 13)
     first = snapshot(vm)
     vm.guest.run(f"memory[:] = content(14, {SIZE})")
@@ -436,9 +505,9 @@ def test_a_rollback_captures_what_was_there_and_adds_to_history(any_vm: Supervis
         assert vm.export() == only(running["pm0"], area)
 
 
-def test_a_rollback_can_discard_what_is_there(any_vm: Supervised) -> None:
+@whatever_tracker
+def test_a_rollback_can_discard_what_is_there(vm: Supervised) -> None:
     """And where it fails after the old memory is gone, the next run goes on from the generation that was asked for."""
-    vm = any_vm
     write(vm, "kept", 15)
     first = snapshot(vm)
     vm.guest.run(f"memory[:] = content(16, {SIZE})")
@@ -455,28 +524,27 @@ def test_a_rollback_can_discard_what_is_there(any_vm: Supervised) -> None:
     assert vm.guest.run(f"holds('kept', {SIZE}, 15)")
 
 
-def test_a_rollback_that_cannot_be_restored_leaves_the_guest_as_it_was(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_a_rollback_that_cannot_be_restored_leaves_the_guest_as_it_was(vm: Supervised) -> None:
     write(vm, "kept", 17)
     first = vm.perdure("show", f"{NAME}@{snapshot(vm)['generation']}")
     vm.guest.run(f"memory[:] = content(18, {SIZE})")
     snapshot(vm)
     vm.guest.run("numbers = count('counter')")
-    history, before = vm.log(), vm.status()
-    pack = max((vm.repository / "packs" / name for name in first["packs"]), key=lambda path: path.stat().st_size)
-    with damaged(pack):
-        assert pack.name in vm.refused("rollback", f"{NAME}@{first['generation']}")
+    history, before, memory = vm.log(), vm.status(), list(vm.runtime.glob("memory*"))
+    with damaged(largest_pack(vm, first)) as pack:
+        assert pack in vm.refused("rollback", f"{NAME}@{first['generation']}")
     assert "does not exist" in vm.refused("rollback", f"{NAME}@{history[-1]['generation'] + 1}")
     seen = vm.guest.run("numbers[0]")
     vm.until(lambda: vm.guest.run("numbers[0]") > seen, "the guest goes on")
     assert vm.log() == history
     assert vm.status() == before
-    assert [path.name for path in (vm.state / "run" / NAME).glob("memory*")] == ["memory"]
+    assert list(vm.runtime.glob("memory*")) == memory
     assert vm.guest.run(f"holds('kept', {SIZE}, 18)")
 
 
-def test_the_host_lists_tags_and_untags(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_the_host_lists_tags_and_untags(vm: Supervised) -> None:
     area = write(vm, "kept", 19)
     start, other = area.address - area.offset, area.address + 2 * area.size
     owner = vm.guest.run("f'pid {os.getpid()} python3'")
@@ -505,8 +573,8 @@ def test_the_host_lists_tags_and_untags(any_vm: Supervised) -> None:
         assert vm.export() == only(running["pm0"], *kept)
 
 
-def test_the_host_reboots_and_stops_a_guest(any_vm: Supervised) -> None:
-    vm = any_vm
+@whatever_tracker
+def test_the_host_reboots_and_stops_a_guest(vm: Supervised) -> None:
     expected = write_past_the_last_generation(vm, 20)
     status, booted = vm.status(), vm.guest.boot_id
     assert status["agent"] == booted
@@ -526,4 +594,4 @@ def test_the_host_reboots_and_stops_a_guest(any_vm: Supervised) -> None:
     assert vm.log()[-1]["generation"] == stopped["generation"]
     assert "is not running" in vm.refused("status", NAME)
     assert vm.perdure("status") == {"vms": []}
-    assert not list((vm.state / "run" / NAME).glob("memory*"))
+    assert not list(vm.runtime.glob("memory*"))

@@ -164,12 +164,11 @@ def test_another_process_with_the_pid_is_not_taken_for_qemu(place):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{"])
-def test_without_a_record_the_listener_on_the_socket_is_found(place, content):
+def test_without_a_record_the_process_is_found_before_it_listens(place, content):
     async def connect():
         await (await Monitor.connect(process)).disconnect()
 
     with place.launch(place.describe()) as process:
-        asyncio.run(connect())
         place.folder.process.unlink()
         if content is not None:
             place.folder.process.write_bytes(content)

@@ -188,6 +188,15 @@ def test_of_several_locations_the_newest_that_is_not_skipped(tmp_path):
             assert not len(index.locations(txn, bytes(32)))
 
 
+def test_locations_of_one_id_in_several_parts_are_all_seen(tmp_path):
+    with opened(tmp_path) as (env, index), small_parts(1):
+        ids = np.repeat(random_ids(1, 3), 4, axis=0)
+        add(env, index, ids, places([4, 9, 2, 7, 1, 2, 3, 4, 8, 7, 6, 5]))
+        assert lookup(env, index, random_ids(1, 3))["pack"].tolist() == [9, 4, 8]
+        skip = np.array([8, 9], np.uint32)
+        assert lookup(env, index, random_ids(1, 3), skip)["pack"].tolist() == [7, 4, 7]
+
+
 def test_an_aborted_commit_leaves_nothing_behind(tmp_path):
     with opened(tmp_path) as (env, index):
         with pytest.raises(KeyError), env.write() as txn:
@@ -239,7 +248,7 @@ def test_dropped_packs_are_gone_at_once_and_their_entries_in_time(tmp_path):
             merge_all(index)
         with env.read() as txn:
             assert index.size(txn).entries == 600
-            assert not len(index.dead(txn).packs)
+            assert not len(index.dead(txn))
         with env.write() as txn:
             index.drop_packs(txn, np.array([2, 4, 6, 7, 8, 20], np.uint32))
         merge_all(index)
@@ -258,7 +267,7 @@ def test_dropped_packs_do_not_come_back_with_small_runs_that_a_commit_absorbs(tm
         assert count_of_runs(env, index) == 1
         merge_all(index)
         with env.read() as txn:
-            assert not len(index.dead(txn).packs)
+            assert not len(index.dead(txn))
         found = [set(lookup(env, index, random_ids(pack, 10))["pack"].tolist()) for pack in range(1, 5)]
         assert found == [{1}, {0}, {3}, {4}]
 
@@ -629,7 +638,7 @@ class IndexAgainstDict(RuleBasedStateMachine):
     def merges_all(self):
         merge_all(self.index)
         with self.env.read() as txn:
-            assert not len(self.index.dead(txn).packs)
+            assert not len(self.index.dead(txn))
             everything = self.index.runs(txn)
             assert sum(each.entries for each in everything) == sum(len(each) for each in self.model.values())
             classes = [runs.size_class(each.entries) for each in everything]

@@ -38,9 +38,21 @@ from store import format_keys as layout
 from store import slots
 from store.format_keys import Argon2Parameters, KeyringBody, SigningKey
 from store.keys import DataKeys, Keys, Sealer
-from store.slots import KeyFile, NewSlot, audit, change, list_slots, new_keyring, unlock
+from store.slots import (
+    KeyFile,
+    NewSlot,
+    change,
+    list_slots,
+    new_keyring,
+    newest,
+    require_descent,
+    require_successor,
+    require_trusted,
+    unlock,
+)
 
 CHEAP = Argon2Parameters(memory_kib=64, time=1, lanes=1)
+KEY_PARAMETERS = slots.KEY_FILE_PARAMETERS
 PASSPHRASE = b"correct horse battery staple"
 KEY_FILE = KeyFile(bytes(range(64)))
 VECTORS = json.loads((Path(__file__).parent / "keys_vectors.json").read_text())
@@ -324,7 +336,19 @@ def test_wrong_credentials():
 
 @pytest.mark.parametrize(
     ("memory", "passes", "lanes"),
-    [(0, 1, 1), (7, 1, 1), (8 << 20, 1, 1), (0xFFFFFFFF, 1, 1), (64, 0, 1), (64, 65, 1), (64, 1, 0), (1 << 20, 1, 65)],
+    [
+        *(
+            (0, 1, 1),
+            (7, 1, 1),
+            (8 << 20, 1, 1),
+            (0xFFFFFFFF, 1, 1),
+            (64, 0, 1),
+            (64, 65, 1),
+            (64, 1, 0),
+            (1 << 20, 1, 65),
+        ),
+        *(((2 << 20) + 1, 1, 1), (1 << 20, 5, 4), (128 << 10, 33, 4)),
+    ],
 )
 def test_a_slot_that_asks_for_too_much_is_refused_at_once(memory, passes, lanes):
     files, keys = made()
@@ -340,6 +364,47 @@ def test_a_slot_that_asks_for_too_much_is_refused_at_once(memory, passes, lanes)
     with pytest.raises(IntegrityError, match=rf"{name}: the key slot makes no sense: Argon2id with {memory} KiB"):
         unlock(files, PASSPHRASE)
     assert time.monotonic() - began < 0.2
+
+
+def with_slots(keys, count, parameters):
+    """Files of a repository with so many whole slots; their seals are nothing."""
+    files, holders = {}, []
+    for at in range(count):
+        slot_id = at.to_bytes(8, "big")
+        slot = layout.SlotHeader(
+            layout.SlotKind.PASSPHRASE, parameters, slot_id, keys.repository_id, bytes(32), 0, b"p" * 32, ""
+        )
+        data = layout.finish_slot(layout.encode_slot_header(slot), bytes(92))
+        files[layout.slot_name(slot_id)] = data
+        holders.append(slots._Holder(slot_id, b"p" * 32, blake3(data).digest()))
+    return files, slots._seal_keyring(keys.header, keys.secrets(), holders, b"")[0]
+
+
+def test_a_keyring_whose_slots_together_ask_for_too_much_is_refused_at_once():
+    """Each is within its bounds. The sums that are refused would take minutes and more."""
+    _, keys = made()
+    for parameters in (Argon2Parameters(1 << 20, 4, 4), slots.PASSPHRASE_PARAMETERS):
+        files, keyring = with_slots(keys, 40, parameters)
+        began = time.monotonic()
+        with pytest.raises(IntegrityError, match="keyring/00000001: trying its 40 key slots would take"):
+            unlock({**files, "keyring/00000001": keyring}, PASSPHRASE)
+        assert time.monotonic() - began < 0.2
+    with pytest.raises(IntegrityError, match="damaged"):
+        with_slots(keys, 65, CHEAP)
+
+
+def test_no_slot_is_added_that_unlocking_would_refuse():
+    _, keys = made()
+    for count, parameters in ((31, slots.PASSPHRASE_PARAMETERS), (63, KEY_PARAMETERS)):
+        files, keyring = with_slots(keys, count, parameters)
+        files["keyring/00000001"] = keyring
+        opened = Keys(newest(files)[0], keys.secrets(), blake3(keyring).digest(), bytes(8))
+        new = NewSlot(PASSPHRASE if count == 31 else KEY_FILE)
+        step = change(files, opened, add=new)
+        with pytest.raises(ConflictError, match=f"keyring/00000003: {count + 1} key slots are all"):
+            change(after(files, step), step.keys, add=new)
+        one_out = change(after(files, step), step.keys, add=NewSlot(b"other", "", CHEAP), remove=[bytes(8)])
+        assert len(one_out.keys.header.slots) == count + 1
 
 
 def test_memory_that_is_not_to_be_had_is_a_clear_error(monkeypatch):
@@ -380,7 +445,7 @@ def test_a_keyring_of_somebody_else_is_not_believed():
     with pytest.raises(IntegrityError, match="not signed by a key that is trusted"):
         unlock({**files, "keyring/00000002": alone}, PASSPHRASE)
     with pytest.raises(IntegrityError, match="not signed by a key that is trusted"):
-        audit({**files, "keyring/00000002": alone}, keys.public_key)
+        require_trusted(newest({**files, "keyring/00000002": alone})[0], keys.public_key, "keyring/00000002")
     link = own.sign(layout.encode_link(keys.repository_id, 2, keys.public_key, public))
     with pytest.raises(IntegrityError, match="signature is wrong"):
         attackers_keyring(keys, (*keys.signing_keys, SigningKey(2, public, link)), own)
@@ -438,7 +503,8 @@ def test_rotation_needs_nobody_elses_passphrase():
         Keys.verify(now.public_key, b"data", now.sign(b"data"))
     with pytest.raises(IntegrityError, match="belongs to epoch 2"):
         keys.sealer(1, b"p" * 16, 2, b"s" * 32, "packs/new")
-    assert audit(files, keys.public_key).signing_keys == audit(files, now.public_key).signing_keys == now.signing_keys
+    for public in (keys.public_key, now.public_key):
+        require_trusted(newest(files)[0], public, "keyring")
 
 
 def test_a_passphrase_is_changed_in_one_step():
@@ -495,14 +561,57 @@ def test_slots_are_listed_without_a_passphrase():
 def test_an_auditor_needs_one_public_key():
     first, last = map(bytes.fromhex, EXPECTED["signing_keys"])
     for trusted in (first, last):
-        assert [each.public_key for each in audit(FILES, trusted).signing_keys] == [first, last]
+        require_trusted(newest(FILES)[0], trusted, KEYRING)
     with pytest.raises(IntegrityError, match="trusted"):
-        audit(FILES, bytes(32))
+        require_trusted(newest(FILES)[0], bytes(32), KEYRING)
     files, keys = made()
     other, _ = made()
     chain = after(files, change(files, keys, new_epoch=True))
     with pytest.raises(IntegrityError, match="keyring/00000001"):
-        audit({**chain, "keyring/00000001": other["keyring/00000001"]}, keys.public_key)
+        require_successor(other["keyring/00000001"], newest(chain)[0])
+
+
+def test_keyrings_follow_the_one_that_was_seen():
+    files, keys = made()
+    two = after(files, change(files, keys, new_epoch=True))
+    three = after(two, change(two, unlock(two, PASSPHRASE), new_signing_key=True))
+    hashes = {number: blake3(three[layout.keyring_name(number)]).digest() for number in (1, 2, 3)}
+    for number, digest in hashes.items():
+        require_descent(three, number, digest)
+    for seen in ((4, hashes[3]), (3, hashes[2]), (1, hashes[2])):
+        with pytest.raises(IntegrityError, match="which this host has seen"):
+            require_descent(three, *seen)
+    fork = after(files, change(files, keys, add=NewSlot(b"second", "", CHEAP)))  # keyring 2 was taken away before
+    fork = after(fork, change(fork, unlock(fork, PASSPHRASE), new_epoch=True))
+    with pytest.raises(IntegrityError, match="keyring/00000002"):
+        require_descent(fork, 2, hashes[2])
+    with pytest.raises(IntegrityError, match="keyring/00000002"):
+        require_descent({**fork, "keyring/00000002": two["keyring/00000002"]}, 2, hashes[2])
+    with pytest.raises(IntegrityError, match="keyring/00000002: is missing"):
+        require_descent({name: data for name, data in three.items() if name != "keyring/00000002"}, 1, hashes[1])
+
+
+def test_a_signing_key_that_was_replaced_does_not_lead_on():
+    """Stolen before the rotation, it can still sign a keyring; who has seen the rotation does not follow it."""
+    files, keys = made()
+    rotated = change(files, keys, new_signing_key=True)
+    files = after(files, rotated)
+    own = Ed25519PrivateKey.generate()
+    public = own.public_key().public_bytes_raw()
+    link = keys.sign(layout.encode_link(keys.repository_id, 2, keys.public_key, public))
+    body = KeyringBody(b"i" * 32, b"m" * 32, own.private_bytes_raw(), {2: b"d" * 32})
+    header = replace(
+        rotated.keys.header,
+        number=3,
+        previous=rotated.keys.keyring_hash,
+        signing_keys=(*keys.signing_keys, SigningKey(2, public, link)),
+    )
+    holders = [slots._Holder(each.slot_id, each.public_key, each.file_hash) for each in keys.header.slots]
+    forged = {**files, "keyring/00000003": slots._seal_keyring(header, body, holders, b"")[0]}
+    with pytest.raises(IntegrityError, match="drops signing keys"):
+        require_descent(forged, 2, rotated.keys.keyring_hash)
+    with pytest.raises(IntegrityError, match="not signed by a key that is trusted"):
+        require_trusted(newest(forged)[0], rotated.keys.public_key, "keyring/00000003")
 
 
 class Slots(RuleBasedStateMachine):

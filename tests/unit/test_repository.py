@@ -21,8 +21,9 @@ from base.errors import (
 )
 from base.workers import WorkerPool
 from store.lanes import serve_chunker
+from store.keychain import read_key_files
 from store.reader import GenerationReader
-from store.repository import create, read_key_files, read_mark
+from store.repository import create, read_mark
 from store.slots import change, unlock
 
 PAGE = 4096
