@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids", "protected")
 
+INDEX_FOLDER = "index-1"
+"""Where the index lies in a host's state for a repository. The number changes with any layout that is kept in LMDB:
+another Perdure then indexes anew, beside what it cannot read."""
+
 _LAST = struct.Struct(">Q32s")
 _NUMBER = struct.Struct(">I")
 _VM = struct.Struct(">16sQ")

@@ -37,7 +37,7 @@ from base.progress import Progress, silent
 from base.workers import WorkerPool
 from store import format as layout
 from store import pagemap
-from store.catalog import DATABASES, Catalog
+from store.catalog import DATABASES, INDEX_FOLDER, Catalog
 from store.chunker import PackingSettings
 from store.environment import Environment, IndexLostError
 from store.format_keys import keyring_name
@@ -458,9 +458,9 @@ class Repository:
         except OSError as error:
             raise StorageError.from_os(error, str(state), "make the folder") from error
         try:
-            return Environment(state / "index", (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
+            return Environment(state / INDEX_FOLDER, (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
         except IndexLostError:
-            return Environment(state / "index", (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
+            return Environment(state / INDEX_FOLDER, (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
 
     def _by_prefix(self, txn: lmdb.Transaction, prefix: str) -> Generation:
         text = prefix.lower()

@@ -20,8 +20,9 @@ from base.errors import (
     WrongPassphraseError,
 )
 from base.workers import WorkerPool
-from store.lanes import serve_chunker
+from store.catalog import INDEX_FOLDER
 from store.keychain import read_key_files
+from store.lanes import serve_chunker
 from store.reader import GenerationReader
 from store.repository import create, read_mark
 from store.slots import change, unlock
@@ -127,7 +128,7 @@ def test_history_that_went_back_is_noticed():
         (where.path / f"records/{newest.sequence:012d}").unlink()
         with pytest.raises(IntegrityError):
             where.open().close()
-        for path in (where.state / "index").iterdir():  # also when the index is lost
+        for path in (where.state / INDEX_FOLDER).iterdir():  # also when the index is lost
             path.unlink()
         with pytest.raises(IntegrityError, match="went back"):
             where.open().close()
