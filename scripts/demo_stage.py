@@ -35,7 +35,7 @@ name = "{name}"
 memory = "512MiB"
 kernel = "{root}/.cache/guest/vmlinuz"
 initrd = "{root}/.cache/guest/initrd.img"
-append = "console=ttyS0 quiet panic=-1 perdure.exec=demo-program perdure.reboots=1 perdure.secret={seed}"
+append = "console=ttyS0 quiet panic=-1 no_timer_check perdure.exec=demo-program perdure.reboots=1 perdure.secret={seed}"
 extra = ["-qmp", "unix:{dumps}/{socket},server=on,wait=off"]
 
 [[region]]

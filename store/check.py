@@ -1,8 +1,9 @@
 """Checking a repository: pure reading, typed findings.
 
-The structure: the files of key slots; every record's place in the chain, signature and seal; every pack's header, footer and length; every
-page map down to chunks that some pack holds. With `read_data`: every frame opened, decompressed and every chunk
-hashed. When something is damaged, all generations are walked to say which of them, and which regions, are hurt.
+The structure: the files of key slots; every record's place in the chain, signature and seal; every pack's header,
+footer and length; every page map down to chunks that some pack holds. With `read_data`: every frame opened,
+decompressed and every chunk hashed. When something is damaged, all generations are walked to say which of them, and
+which regions, are hurt.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _WINDOW = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `kind`: repository, keyring, slot, record, pack, frame, node or chunk; `offset` in bytes of `object`,
-    None if it is about all of it; `generations` (vm@n) and `regions` that cannot be restored because of it."""
+    """One thing that is wrong. `kind`: repository, keyring, slot, record, pack, frame, node or chunk; `offset` in bytes
+    of `object`, None if it is about all of it; `generations` (vm@n) and `regions` that cannot be restored because of
+    it."""
 
     kind: str
     object: str

@@ -231,7 +231,7 @@ def test_an_index_that_is_damaged_or_gone_is_made_again(alone, harm):
     alone("init")
     alone.write("a", image(1, 300))
     alone("import", "vm", "ram=a")
-    [index] = alone.root.glob("state/repositories/*/index/index.lmdb")
+    [index] = alone.root.glob("state/repositories/**/index.lmdb")
     harm(index)
     assert alone("export", "vm@1", "ram", "-").stdout == image(1, 300)
     alone.write("a", image(2, 300))
