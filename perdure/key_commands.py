@@ -33,9 +33,9 @@ _KINDS = {SlotKind.PASSPHRASE: "passphrase", SlotKind.KEY_FILE: "key file"}
 def list_(options: Namespace) -> None:
     """`perdure key list`: without a passphrase, so it believes what stands there unless this host has seen more."""
     path = repository_path(options.repository)
-    state = places.repository_state(read_mark(path))
+    history = History(places.repository_state(read_mark(path)) / "history.json")  # before what it is compared with
     files = read_key_files(path)
-    recognise(History(state / "history.json"), files)
+    recognise(history, files)
     header, _ = newest(files)
     found = list_slots(files)
     stale = [name.rpartition("/")[2] for name in left_over(files)]

@@ -97,7 +97,7 @@ class Supervisor:
                     await self._start(begin)
                 return await self._ended
         except _LeavingError:
-            return Ended(f"{self.vm} was not started", interrupted=True)
+            return Ended("not started: interrupted", interrupted=True)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)

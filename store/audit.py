@@ -89,24 +89,44 @@ def audit(
     `memory`, given the repository id, is what this host has seen of it; it learns what was proven. Raises StorageError
     where the system refuses to read.
     """
+    report = Report()
+    marked = _marked(storage, report)
+    history = memory(marked) if memory is not None and marked is not None else None  # knows nothing newer than is there
     listed = list(storage.list("records"))  # before the keyring: no record here is of a later epoch than it knows
-    work = _Audit(storage, trusted, progress)
-    work.keyrings()
-    work.mark()
+    work = _Audit(storage, trusted, report, progress)
+    work.keyrings(marked)
     work.records(listed)
-    if memory is not None and work.keyring is not None:
-        history = memory(work.keyring.repository_id)
+    if history is not None and work.keyring is not None:
         work.recognise(history)
-        if not work.report.findings:
+        if not report.findings:
             history.advance(*work.newest)
-    return work.report
+    return report
+
+
+def _marked(storage: Storage, report: Report) -> bytes | None:
+    """The repository id that the mark says, None if it is damaged."""
+    try:
+        data = storage.get_range("config", 0, layout.CONFIG.size + 1)
+        found = layout.decode_config(data, "config")
+        if data != layout.encode_config(found):
+            raise IntegrityError("config", "damaged header")
+        return found
+    except (IntegrityError, FormatVersionError) as error:
+        report.findings.append(_finding("repository", error))
+        return None
+
+
+def _finding(kind: str, error: IntegrityError | FormatVersionError) -> Finding:
+    offset = error.offset if isinstance(error, IntegrityError) else None
+    problem = error.problem if isinstance(error, IntegrityError) else str(error).removeprefix(f"{error.object}: ")
+    return Finding(kind, error.object, offset, problem, (), ())
 
 
 class _Audit:
-    def __init__(self, storage: Storage, trusted: bytes, progress: Progress) -> None:
+    def __init__(self, storage: Storage, trusted: bytes, report: Report, progress: Progress) -> None:
         self._storage, self._trusted, self._progress = storage, trusted, progress
         self._files = key_files(storage)
-        self.report = Report()
+        self.report = report
         self.keyring: KeyringHeader | None = None
         """The newest keyring, if it is trusted."""
         self.newest = 0, layout.ZERO_ID
@@ -115,19 +135,7 @@ class _Audit:
         self._highest: dict[bytes, int] = {}
         self._known: set[bytes] = set()
 
-    def mark(self) -> None:
-        """The file that says which repository this is."""
-        try:
-            data = self._storage.get_range("config", 0, layout.CONFIG.size + 1)
-            found = layout.decode_config(data, "config")
-            if data != layout.encode_config(found):
-                raise IntegrityError("config", "damaged header")
-            if self.keyring is not None and found != self.keyring.repository_id:
-                raise IntegrityError("config", "belongs to another repository than the keyring beside it")
-        except (IntegrityError, FormatVersionError) as error:
-            self._found("repository", error)
-
-    def keyrings(self) -> None:
+    def keyrings(self, marked: bytes | None) -> None:
         """The newest keyring by the trusted key, those before it by their hashes, and the slots that it names."""
         report = self.report
         try:
@@ -137,6 +145,10 @@ class _Audit:
             self._found("keyring", error)
             return
         self.keyring = newest
+        if marked not in (None, newest.repository_id):
+            self._found(
+                "repository", IntegrityError("config", "belongs to another repository than the keyring beside it")
+            )
         report.repository_id, report.keyring, report.epoch = newest.repository_id.hex(), newest.number, newest.epoch
         report.signing_keys = tuple(each.public_key.hex() for each in newest.signing_keys)
         report.slots = len(newest.slots)
@@ -243,6 +255,4 @@ class _Audit:
         return layout.record_id(self._storage.get(name))
 
     def _found(self, kind: str, error: IntegrityError | FormatVersionError) -> None:
-        offset = error.offset if isinstance(error, IntegrityError) else None
-        problem = error.problem if isinstance(error, IntegrityError) else str(error).removeprefix(f"{error.object}: ")
-        self.report.findings.append(Finding(kind, error.object, offset, problem, (), ()))
+        self.report.findings.append(_finding(kind, error))

@@ -11,7 +11,7 @@ LMDB. Belongs to one thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from store import slots
 from store.history import History
 from store.keys import Keys
 from store.slots import Credential, KeyChange, NewSlot, SlotInfo
-from store.storage import LocalStorage, Storage
+from store.storage import LocalStorage, ObjectMissingError, Storage
 
 _SLOT = re.compile(r"keys/[0-9a-f]{16}")
 _FOLDERS = {"keys": layout.SLOT_BYTES, "keyring": layout.MAX_KEYRING}
@@ -42,12 +42,19 @@ def read_key_files(path: Path) -> dict[str, bytes]:
 
 def key_files(storage: Storage) -> dict[str, bytes]:
     """Like `read_key_files`. Slots are listed first: one that is seen was made before the newest keyring was."""
-    files = {}
-    for folder, most in _FOLDERS.items():
-        for name in list(storage.list(folder)):
-            with suppress(IntegrityError):  # deleted since it was listed
-                files[name] = storage.get_range(name, 0, most + 1)
+    files: dict[str, bytes] = {}
+    for folder in _FOLDERS:
+        _read(storage, storage.list(folder), files)
+    with suppress(IntegrityError, FormatVersionError):  # found again by whoever uses it
+        named = (layout.slot_name(each.slot_id) for each in slots.newest(files)[0].slots)
+        _read(storage, (name for name in named if name not in files), files)  # made between the two listings
     return files
+
+
+def _read(storage: Storage, names: Iterable[str], files: dict[str, bytes]) -> None:
+    for name in list(names):
+        with suppress(ObjectMissingError):  # deleted since it was listed
+            files[name] = storage.get_range(name, 0, _FOLDERS[name.partition("/")[0]] + 1)
 
 
 def left_over(files: dict[str, bytes]) -> list[str]:
@@ -74,12 +81,12 @@ class Keychain:
     ) -> None:
         self._storage = LocalStorage(path, disk)
         try:
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._history = History(state / "history.json")  # first: all that it knows is there when files are read
             self._files = key_files(self._storage)
             self.keys = slots.unlock(self._files, credential)
             if self.keys.repository_id != repository_id:
                 raise IntegrityError(str(path / "config"), "belongs to another repository than the keys beside it")
-            state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._history = History(state / "history.json")
             self._recognise()
         except BaseException:
             self._storage.close()

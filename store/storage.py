@@ -216,9 +216,15 @@ class _Pending:
     def __init__(self, storage: LocalStorage, name: str) -> None:
         self._disk = storage.disk
         self._final = storage.root / name
-        self._path = self._final.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
-        self._descriptor = self._disk.create(self._path)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        while True:
+            self._path = self._final.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+            self._descriptor = self._disk.create(self._path)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            if os.fstat(self._descriptor).st_nlink:
+                break
+            os.close(
+                self._descriptor
+            )  # between the two, `remove_leftovers` of another process took it for a dead one's
         self._open = True
         self.size = 0
 

@@ -137,7 +137,7 @@ def test_several_changes_at_once(quick):
     errors = [process.communicate()[1] for process in running]
     added = [process.returncode == 0 for process in running]
     for done, error in zip(added, errors, strict=True):
-        assert error == "" if done else "keys were changed by somebody else meanwhile" in error
+        assert error == "" if done else "keys were changed by somebody else meanwhile" in error, error
         assert len(error.splitlines()) == (0 if done else 1)
     assert any(added)
     assert sorted(slots(quick)) == slot_files(quick)

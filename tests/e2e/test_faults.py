@@ -103,21 +103,29 @@ def described(vm: Supervised, *changes: tuple[str, str]) -> Iterator[None]:
 
 def history(vm: Supervised) -> list[Any]:
     """All generations, oldest first."""
-    found: list[Any] = vm.perdure("log")["generations"]
-    return found
+    return [each for each in vm.perdure("log")["generations"] if each["vm"] == NAME]
+
+
+def records(vm: Supervised) -> list[str]:
+    """Of the repository: what was ever committed."""
+    return sorted(os.listdir(vm.repository / "records"))
+
+
+def ask(vm: Supervised, command: str, **arguments: Any) -> Any:
+    """The supervisor, as commands do, without the time that a new process takes."""
+    return call(vm.state / "run" / NAME / "control.sock", command, arguments)
 
 
 def kept(vm: Supervised) -> bytes:
     """Region pm0 as QEMU dumps it now, short of what nobody tagged: what a generation must hold."""
-    listed = vm.perdure("regions", NAME)["regions"]
-    start = next(each["address"] for each in listed if each["class"] == "reserved")
-    spans = [(0, 2 * MIB)]  # the namespace's info block
-    spans += [(each["address"] - start, each["size"]) for each in listed if each["class"] == "persistent"]
-    with vm.memory() as memory:
-        content = memory["pm0"]
-        left = bytearray(len(content))
-        for offset, size in spans:
-            left[offset : offset + size] = content[offset : offset + size]
+    start, size = vm.judge.spans()["pm0"]
+    content = vm.judge.read(start, size)
+    left = bytearray(size)
+    left[: 2 * MIB] = content[: 2 * MIB]  # the namespace's info block
+    for each in ask(vm, "regions")["regions"]:
+        if each["class"] == "persistent":
+            offset = each["address"] - start
+            left[offset : offset + each["size"]] = content[offset : offset + each["size"]]
     return bytes(left)
 
 
@@ -277,7 +285,7 @@ def test_a_second_run_is_told_who_supervises(vm: Supervised) -> None:
 
 def test_a_running_vm_is_taken_over_only_as_it_is_described(vm: Supervised) -> None:
     vm.guest.run("numbers = count('counter')")
-    before = history(vm)
+    before = records(vm)
     vm.run.kill()
     added = '[[region]]\nname = "pm1"\nsize = "16MiB"\n[policy]'
     for change, code, problem in (
@@ -290,7 +298,7 @@ def test_a_running_vm_is_taken_over_only_as_it_is_described(vm: Supervised) -> N
             assert problem in vm.refused("run", str(toml(vm)), code=code)
     for words in (("--from", f"{NAME}@latest"), ("--without-restore",)):
         assert "runs already" in vm.refused("run", str(toml(vm)), *words, code=2)
-    assert history(vm) == before
+    assert records(vm) == before
     boot(vm)
     assert_guest_goes_on(vm)
     vm.guest.run("finish()")
@@ -338,7 +346,7 @@ def test_garbage_of_a_guest_is_answered_and_harms_nobody(vm: Supervised) -> None
     assert [vm.guest.run(f"problem({each})") for each in _refusals(area.address)] == ["bounds", "overlap", "alignment"]
     assert_guest_goes_on(vm)
     vm.guest.run("finish()")
-    assert [each["name"] for each in vm.perdure("regions", NAME)["regions"]] == [None, "counter", "kept"]
+    assert [each["name"] for each in ask(vm, "regions")["regions"]] == [None, "counter", "kept"]
     assert_next_snapshot_is_right(vm)
 
 
@@ -368,7 +376,7 @@ def test_a_guest_that_tags_without_end_reaches_its_limit(vm: Supervised) -> None
     vm.guest.run("write_pages(range(0, 5000, 7))")
     assert_next_snapshot_is_right(vm)
     vm.guest.run(f"perdure_guest.unmark_persistent({start}, {size})")
-    assert len(vm.perdure("regions", NAME)["regions"]) == 1
+    assert len(vm.perdure("regions", NAME)["regions"]) == 1  # and the long listing before it was no trouble
     vm.run.look()
     assert vm.run.text.count("tagged") < 500, "a guest fills the host's log"
 
@@ -413,14 +421,14 @@ def test_a_supervisor_that_is_interrupted_finishes_what_is_under_way(vm: Supervi
 
 
 def test_a_supervisor_that_is_killed_in_a_snapshot_is_followed_by_one_that_knows_it(vm: Supervised) -> None:
-    before = len(history(vm))
+    before = records(vm)
     with snapshot_held_up(vm) as (snapshot, worker):
         vm.run.process.kill()
         os.kill(worker, signal.SIGKILL)
         assert "supervisor ended" in snapshot.refused()
     assert_guest_goes_on(vm)
     assert vm.run.ended() == -signal.SIGKILL
-    assert len(history(vm)) == before
+    assert records(vm) == before
     boot(vm)
     vm.guest.run("finish()")
     assert_next_snapshot_is_right(vm)
@@ -446,15 +454,15 @@ def test_memory_that_a_dead_qemu_left_outlives_a_supervisor_that_is_killed_with_
     expected = vm.judge.read(area.address, area.size)
     vm.run.kill()
     vm.kill_qemu()
-    before, packs_before = history(vm), packs(vm)
+    before, packs_before = records(vm), packs(vm)
     run = vm.start()
     with worker_stopped(vm) as worker:
         vm.until(lambda: packs(vm) - packs_before, "a pack of another worker")
         run.kill()
         os.kill(worker, signal.SIGKILL)
-    assert history(vm) == before
+    assert records(vm) == before
     boot(vm)
-    assert (history(vm)[-1]["cause"], len(history(vm))) == ("crash", len(before) + 1)
+    assert (history(vm)[-1]["cause"], len(records(vm))) == ("crash", len(before) + 1)
     assert area.of(vm.export()) == expected
     with vm.before_boot() as found:
         assert area.of(found["pm0"][:]) == expected
@@ -566,7 +574,7 @@ exec qemu-system-x86_64 "$@"
                 assert "has a supervisor already" in vm.refused("run", str(toml(vm)), *words, code=11)
             run.process.send_signal(signal.SIGTERM)
         assert run.ended() == 130
-        assert f"{NAME} was not started" in run.text
+        assert f"{NAME}: not started: interrupted" in run.text
         assert_nothing_left(vm)
         boot(vm)
         with vm.before_boot() as found:
@@ -578,10 +586,10 @@ def test_a_supervisor_that_is_told_to_end_captures_only_if_its_policy_says_so(vm
     vm.run.kill()
     with described(vm, ("[policy]", "[policy]\ncapture_on_terminate = false")):
         boot(vm)
-    before = history(vm)
+    before = records(vm)
     vm.run.process.terminate()
     assert vm.run.ended() == 130
-    assert history(vm) == before
+    assert records(vm) == before
     assert_guest_goes_on(vm)
     boot(vm)
 
@@ -614,14 +622,14 @@ def test_a_full_disk_costs_generations_and_nothing_else(guest_image: Image) -> N
         boot(vm)
         vm.guest.run("numbers = count('counter')")
         vm.perdure("snapshot", NAME)
-        before = history(vm)
+        before = records(vm)
         with full(disk):
             for size in (MIB, LARGE):  # stored by the supervisor itself, and by its workers
                 vm.guest.run(f"fill('area {size}', {size})")
                 assert "No space left on device" in vm.refused("snapshot", NAME)
             assert "No space left on device" in vm.refused("stop", NAME, "--capture")
             assert "No space left on device" in vm.refused("rollback", f"{NAME}@1")
-            assert history(vm) == before
+            assert records(vm) == before
             assert memory_folders(vm) == ["memory"]
             assert_guest_goes_on(vm)
             assert_answers_promptly(vm)
@@ -779,7 +787,7 @@ def test_points_in_time_that_are_not_of_this_vm(vm: Supervised) -> None:
         assert problem in vm.refused("rollback", point, code=code)
     identity = vm.perdure("show", "other@1")["id"]
     with pytest.raises(ConflictError, match="another VM"):
-        call(vm.state / "run" / NAME / "control.sock", "rollback", {"point": identity})
+        ask(vm, "rollback", point=identity)
     assert vm.status() == before
     assert memory_folders(vm) == ["memory"]
     assert_guest_goes_on(vm)

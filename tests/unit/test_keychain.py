@@ -11,10 +11,12 @@ from store_fixtures import CHEAP, PASSPHRASE, add, content, image, place
 from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, StorageError, WrongPassphraseError
 from store import format as layout
+from store import keychain as keychains
 from store.history import History
-from store.keychain import Keychain, left_over, read_key_files
+from store.keychain import Keychain, key_files, left_over, read_key_files
 from store.repository import Repository, read_mark
 from store.slots import NewSlot, unlock
+from store.storage import LocalStorage
 
 SECOND, THIRD = b"second", b"third"
 
@@ -107,6 +109,28 @@ def test_a_change_deletes_what_interrupted_ones_have_left():
         assert slot_files(where) == named(where)
 
 
+class SweepingDisk(Disk):
+    """Somebody sweeps up just after the first file was made, and before it was locked."""
+
+    def __init__(self):
+        self.swept = 0
+
+    def create(self, path, mode=0o600):
+        descriptor = super().create(path, mode)
+        if not self.swept:
+            self.swept = LocalStorage(path.parents[1]).remove_leftovers(path.parent.name)
+        return descriptor
+
+
+def test_a_file_that_is_being_made_is_not_swept_up():
+    with place() as where:
+        disk = SweepingDisk()
+        with keychain(where, disk=disk) as chain:
+            chain.change(add=new(SECOND))
+        assert disk.swept == 1
+        assert slot_files(where) == named(where, SECOND)
+
+
 class FailingDisk(Disk):
     def __init__(self, operation, folder):
         self.failing, self.folder = operation, folder
@@ -173,6 +197,35 @@ def test_keys_that_were_put_back_are_not_carried_on(tmp_path):
         keyring.write_bytes(seen)
         with pytest.raises(IntegrityError, match="keyring/00000002"):
             where.open()
+
+
+def test_a_change_by_somebody_else_while_a_command_starts_is_no_step_back(monkeypatch):
+    """This host remembers it before the command has looked at its memory."""
+    with place() as where:
+
+        def read_and_be_overtaken(storage):
+            files = key_files(storage)
+            monkeypatch.undo()
+            change(where, add=new(SECOND))
+            return files
+
+        monkeypatch.setattr(keychains, "key_files", read_and_be_overtaken)
+        with keychain(where) as chain, pytest.raises(ConflictError, match="keyring/00000002"):
+            chain.change(add=new(THIRD))
+        assert slot_files(where) == named(where) == named(where, SECOND)
+
+
+def test_keys_that_change_while_they_are_read():
+    """A rotation between the two listings: the newest keyring names a slot that was not there in the first."""
+    with place() as where:
+
+        class Overtaken(LocalStorage):
+            def list(self, folder):
+                if folder == "keyring":
+                    rotate(where)
+                return super().list(folder)
+
+        assert unlock(key_files(Overtaken(where.path)), PASSPHRASE).current_epoch == 2
 
 
 def test_two_processes_share_a_memory(tmp_path):
