@@ -1,60 +1,7 @@
-"""Shared by the tests of the command line: `perdure` as a process, with everything that it touches in one folder."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Shared by the tests of the command line."""
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Shell:
-    """Runs `perdure` with a state folder, repository and passphrase of its own."""
-
-    def __init__(self, root):
-        self.root = root
-        self.repository = root / "repository"
-        self.environment = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(ROOT),  # the code beside these tests, whatever is installed
-            "PERDURE_REPOSITORY": str(self.repository),
-            "PERDURE_PASSWORD": "correct horse",
-            "PERDURE_STATE_DIR": str(root / "state"),
-        }
-
-    def __call__(self, *words, code=0, **environment):
-        done = subprocess.run(
-            [sys.executable, "-m", "perdure", *map(str, words)],
-            env={key: value for key, value in (self.environment | environment).items() if value is not None},
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            cwd=self.root,
-        )
-        assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
-        assert b"Traceback" not in done.stderr
-        return done
-
-    def json(self, *words, code=0, **environment):
-        done = self(*words, "--json", code=code, **environment)
-        assert not done.stderr, done.stderr
-        return json.loads(done.stdout)
-
-    def error(self, *words, code, **environment):
-        """The one line that a mistake gives."""
-        done = self(*words, code=code, **environment)
-        assert not done.stdout
-        lines = done.stderr.decode().splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("perdure: ")
-        return lines[0]
-
-    def write(self, name, data):
-        path = self.root / name
-        path.write_bytes(data)
-        return path
+from perdure_shell import Shell
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import Shell
+from perdure_shell import Shell
 from store_fixtures import image
 
 GOOD = """\
