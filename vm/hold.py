@@ -28,7 +28,7 @@ from vm.firmware import Kind
 from vm.monitor import DeadlineError, Event, Events, Monitor
 
 RESET_SECONDS = 10
-SECOND_RESET_SECONDS = 5
+SECOND_RESET_SECONDS = 20
 """SeaBIOS resets again some 30 ms after the guest goes on; this is for a host that is busy."""
 
 HOLD_EVENTS = ("SHUTDOWN", "GUEST_PANICKED")
