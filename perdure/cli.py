@@ -127,9 +127,7 @@ def _repository_verbs(verb: _Verb) -> None:
 
 
 def _retention_verbs(verb: _Verb) -> None:
-    forget = verb(
-        "forget", "retention_commands:forget", "forget generations that no rule keeps"
-    )
+    forget = verb("forget", "retention_commands:forget", "forget generations that no rule keeps")
     forget.add_argument("what", metavar="VM|VM@N", help="a VM to apply rules to, or one generation")
     for period in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
         forget.add_argument(f"--keep-{period}", type=int, default=0, metavar="N")
