@@ -11,8 +11,10 @@ caller's transaction; nothing stands here alone. Keys are big-endian numbers so 
     generations  VM id (16), number (8) -> sequence (8), record id (32), parent (32), body as JSON
     ids          record id (32) -> VM id (16), number (8)
     protected    VM id (16), number (8) -> nothing
+    damaged      pack id (16) -> what is wrong with it, as JSON
 
-Pack numbers are local to this host's catalog; 0 is none.
+Pack numbers are local to this host's catalog; 0 is none. A damaged pack has one if something of it can be read: its
+readable frames are in the index, reads use them, and deduplication does not (`avoided`).
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from base.errors import IntegrityError, NotFoundError
 from store import format as layout
-from store.format_keys import SEAL_OVERHEAD
 from store.index import LOCATION, Index
 from store.packs import PackEntry, PackInfo
 from store.records import AttributesBody, Generation, GenerationBody, Record, TombstoneBody, generation_of
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from store.environment import Environment
 
-DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids", "protected")
+DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids", "protected", "damaged")
 
 INDEX_FOLDER = "index-1"
 """Where the index lies in a host's state for a repository. The number changes with any layout that is kept in LMDB:
@@ -47,6 +49,15 @@ _NUMBER = struct.Struct(">I")
 _VM = struct.Struct(">16sQ")
 _GENERATION = struct.Struct(">Q32s32s")
 _PACK_SIZE = struct.Struct("<Q")
+
+
+class DamagedPack(msgspec.Struct, frozen=True, kw_only=True):
+    """What this host knows of a pack that is damaged or missing. `pack_id` in hex; `offset` in bytes, None if it is
+    about all of it."""
+
+    pack_id: str
+    problem: str
+    offset: int | None = None
 
 
 class Catalog:
@@ -98,9 +109,7 @@ class Catalog:
         number = _NUMBER.unpack(self._get(txn, "meta", b"next pack") or _NUMBER.pack(1))[0]
         self._put(txn, "meta", b"next pack", _NUMBER.pack(number + 1))
         self._put(txn, "pack_ids", pack.header.pack_id, _NUMBER.pack(number))
-        footer_bytes = layout.FOOTER_HEADER.size + 6 * len(pack.footer.offsets) + layout.ID_BYTES * len(pack.footer.ids)
-        end = pack.size - layout.PACK_TRAILER.size - footer_bytes - SEAL_OVERHEAD
-        offsets = np.append(pack.footer.offsets, np.uint32(end)).astype("<u4")
+        offsets = np.append(pack.footer.offsets, np.uint32(pack.frames_end)).astype("<u4")
         value = layout.encode_pack_header(pack.header) + _PACK_SIZE.pack(pack.size) + offsets.tobytes()
         self._put(txn, "packs", _NUMBER.pack(number), value)
         counts = pack.footer.counts.astype(np.int64)
@@ -136,6 +145,29 @@ class Catalog:
     def has_packs(self, txn: lmdb.Transaction, numbers: set[int]) -> bool:
         """Whether all these packs are still there."""
         return all(self._get(txn, "packs", _NUMBER.pack(each)) is not None for each in numbers)
+
+    def note_damage(self, txn: lmdb.Transaction, damage: DamagedPack) -> None:
+        """From now on deduplication does not rely on this pack."""
+        self._put(txn, "damaged", bytes.fromhex(damage.pack_id), msgspec.json.encode(damage))
+
+    def damaged(self, txn: lmdb.Transaction) -> list[DamagedPack]:
+        """Packs that are known to be damaged or missing."""
+        return [msgspec.json.decode(value, type=DamagedPack) for _, value in self._items(txn, "damaged")]
+
+    def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
+        """Numbers of packs in which deduplication must find nothing, ascending."""
+        numbers = [self.pack_number(txn, bytes.fromhex(each.pack_id)) for each in self.damaged(txn)]
+        return np.array(sorted(set(numbers) - {0}), np.uint32)
+
+    def heal_pack(self, txn: lmdb.Transaction, pack: PackInfo) -> None:
+        """A pack that was damaged is whole again: all of it is indexed anew, under another number."""
+        number = self.pack_number(txn, pack.header.pack_id)
+        if number:
+            self._index.drop_packs(txn, np.array([number], np.uint32))
+            self._delete(txn, "packs", _NUMBER.pack(number))
+            self._delete(txn, "pack_ids", pack.header.pack_id)
+        self._delete(txn, "damaged", pack.header.pack_id)
+        self.add_pack(txn, pack)
 
     def vm(self, txn: lmdb.Transaction, name: str) -> tuple[bytes, int] | None:
         """(VM id, highest number ever used), None for a name that never had a generation."""

@@ -6,7 +6,7 @@ that a page map can be changed window by window before anything is published. Ea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +19,30 @@ from store.pagemap import FANOUT
 from store.storage import Storage
 
 if TYPE_CHECKING:
+    import lmdb
+
     from store.environment import Environment
 
 NODE_BYTES = FANOUT * layout.ID_BYTES
 _NODES_PER_FRAME = 64
 
 
+class Reliance(Protocol):
+    """Which packs deduplication may rely on; `store.repository.Repository`."""
+
+    def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
+        """Numbers of packs in which it must find nothing."""
+
+    def note_missing(self, numbers: set[int]) -> bool:
+        """Whether some of these packs are gone; they are avoided from now on."""
+
+
 class StoredNodes:
     """Nodes of committed generations."""
 
-    def __init__(self, environment: Environment, index: Index, frames: FrameReader) -> None:
-        self._environment, self._index, self._frames = environment, index, frames
+    def __init__(self, environment: Environment, index: Index, frames: FrameReader, packs: Reliance) -> None:
+        self._environment, self._index, self._frames, self._packs = environment, index, frames, packs
+        self._there: set[int] = set()
 
     def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Nodes (n, 32, 32) of the given ids (n, 32). Raises IntegrityError for one that is not there."""
@@ -44,6 +57,16 @@ class StoredNodes:
         """Locations (n,) of ids, pack 0 where there is none."""
         with self._environment.read() as txn:
             return self._index.lookup(txn, ids)
+
+    def reusable(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
+        """The same, only where a new generation may rely on it: in packs that are there. A commit looks once more."""
+        while True:
+            with self._environment.read() as txn:
+                locations = self._index.lookup(txn, ids, self._packs.avoided(txn))
+            hits = set(np.unique(locations["pack"]).tolist()) - self._there - {0}
+            if not self._packs.note_missing(hits):
+                self._there |= hits
+                return locations
 
     def read(self, ids: NDArray[np.uint8], locations: NDArray[np.void]) -> NDArray[np.uint8]:
         """Nodes at known places, each frame opened once."""
@@ -90,7 +113,7 @@ class NodeWriter:
 
     def put(self, level: int, ids: NDArray[np.uint8], nodes: NDArray[np.uint8]) -> None:  # noqa: ARG002  # protocol
         """Take new nodes; those that the store holds already are not written again."""
-        locations = self._stored.locate(ids)
+        locations = self._stored.reusable(ids)
         known = locations["pack"] != 0
         self.hit_packs.update(np.unique(locations["pack"][known]).tolist())
         flat = nodes.reshape(-1, NODE_BYTES)

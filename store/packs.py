@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from base.errors import IntegrityError
 from store import format as layout
+from store.format_keys import SEAL_OVERHEAD
 from store.keys import Sealer
 from store.storage import PendingObject, Storage
 
@@ -39,16 +40,26 @@ class SealingKeys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackInfo:
-    """A published pack as its writer, or a reader of its footer, knows it. `size` in bytes."""
+    """A published pack as its writer, or a reader of its footer, knows it. `size` in bytes; `end`: where the last
+    frame ends, if that does not follow from the size since the pack is damaged."""
 
     header: layout.PackHeader
     footer: layout.PackFooter
     size: int
+    end: int | None = None
 
     @property
     def name(self) -> str:
         """Its storage name."""
         return layout.pack_name(self.header.pack_id)
+
+    @property
+    def frames_end(self) -> int:
+        """Where the last frame ends, and the footer begins."""
+        if self.end is not None:
+            return self.end
+        footer = layout.FOOTER_HEADER.size + 6 * len(self.footer.offsets) + layout.ID_BYTES * len(self.footer.ids)
+        return self.size - layout.PACK_TRAILER.size - footer - SEAL_OVERHEAD
 
 
 class PackWriter:
@@ -273,8 +284,6 @@ class FrameReader:
             raise IntegrityError(name, f"has no frame {number}")
         offset = int(entry.offsets[number])
         data = self._storage.get_range(name, offset, int(entry.offsets[number + 1]) - offset)
-        if len(data) < 4 or layout.FRAME_LENGTH.unpack_from(data)[0] != len(data) - 4:
-            raise IntegrityError(name, f"frame {number} is truncated or its length is damaged", offset=offset)
         sealer = self._sealers.get(pack)
         if sealer is None:
             sealer = self._keys.sealer(header.kind, header.pack_id, header.epoch, header.salt)

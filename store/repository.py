@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
+from numpy.typing import NDArray
 
 from base import extents as ranges
 from base.disk import Disk
 from base.errors import (
     ConflictError,
+    FormatVersionError,
     IntegrityError,
     NotFoundError,
     PerdureError,
@@ -36,8 +39,8 @@ from base.extents import Extents
 from base.progress import Progress, silent
 from base.workers import WorkerPool
 from store import format as layout
-from store import pagemap
-from store.catalog import DATABASES, INDEX_FOLDER, Catalog
+from store import pagemap, salvage
+from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
 from store.chunker import PackingSettings
 from store.environment import Environment, IndexLostError
 from store.format_keys import keyring_name
@@ -65,7 +68,7 @@ from store.records import (
     unknown_epoch,
 )
 from store.slots import require_descent
-from store.storage import LocalStorage
+from store.storage import LocalStorage, ObjectMissingError
 from store.writer import GenerationWriter, RegionDraft
 
 
@@ -157,9 +160,10 @@ class Repository:
             self.index = Index(self.environment, keys.index_mac_key)
             self.catalog = Catalog(self.environment, self.index)
             self.frames = FrameReader(self.storage, keys, self.catalog)
-            self.nodes = StoredNodes(self.environment, self.index, self.frames)
+            self.nodes = StoredNodes(self.environment, self.index, self.frames, self)
             self._read_settings()
             self.refresh(progress)
+            self._look_again_at_damaged()
             self._require_no_gap()
             self._history.check(self._remembered_hash)
             self._undo = undo.pop_all()
@@ -335,6 +339,8 @@ class Repository:
             vm_id, highest = self.catalog.vm(txn, vm) or (secrets.token_bytes(16), 0)
             return body, vm_id, highest + 1, bytes.fromhex(parent.id) if parent else layout.ZERO_ID
 
+        if self.note_missing(hit_packs):
+            raise ConflictError(f"packs that this generation of {vm} shares are gone: capture again")
         record: Record | None = None
         try:
             with self.environment.write() as txn:
@@ -385,14 +391,52 @@ class Repository:
             self._require_epoch_of(data, sequence)
             record = decode_record(self.keys, data, sequence, previous, epoch)
             epoch = record.header.epoch
-            packs: list[PackInfo] = []
-            if isinstance(record.body, GenerationBody):
-                packs = [read_pack(self.storage, self.keys, bytes.fromhex(each)) for each in record.body.packs]
-            self.catalog.apply(txn, record, packs)
+            added = record.body.packs if isinstance(record.body, GenerationBody) else ()
+            examined = [salvage.examine(self.storage, self.keys, bytes.fromhex(each)) for each in added]
+            self.catalog.apply(txn, record, [each.info for each in examined if each.info is not None])
+            for each in examined:
+                if each.problems:
+                    self.catalog.note_damage(txn, _damage(each))
             previous = record.id
             total = total or sum(1 for _ in self.storage.list("records"))
             progress("indexing records", sequence, max(total, sequence))
         return sequence
+
+    def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
+        """Numbers of packs in which deduplication must find nothing."""
+        return self.catalog.avoided(txn)
+
+    def note_missing(self, numbers: set[int]) -> bool:
+        """Look whether these packs are still there, as long as they were; remember those that are not.
+
+        True if there are such: they are found no longer by `nodes.reusable`. Raises StorageError, IntegrityError.
+        """
+        lost = []
+        for number in numbers:
+            entry = self.catalog.pack(number)
+            name = layout.pack_name(entry.header.pack_id)
+            try:
+                if self.storage.size(name) > int(entry.offsets[-1]):
+                    continue
+                problem = "is truncated"
+            except ObjectMissingError as error:
+                problem = error.problem
+            lost.append(DamagedPack(pack_id=entry.header.pack_id.hex(), problem=problem))
+        if lost:
+            with self.environment.write() as txn:
+                for each in lost:
+                    self.catalog.note_damage(txn, each)
+        return bool(lost)
+
+    def _look_again_at_damaged(self) -> None:
+        """What was damaged may have been put back."""
+        with self.environment.read() as txn:
+            noted = self.catalog.damaged(txn)
+        for each in noted:
+            with suppress(IntegrityError, FormatVersionError, StorageError):
+                pack = read_pack(self.storage, self.keys, bytes.fromhex(each.pack_id))
+                with self.environment.write() as txn:
+                    self.catalog.heal_pack(txn, pack)
 
     def _require_epoch_of(self, data: bytes, sequence: int) -> None:
         """Have the keys of a record's epoch. What follows it must not be of an older one, so no writer goes on without.
@@ -476,6 +520,11 @@ class Repository:
 
 _Numbered = Callable[[lmdb.Transaction], tuple[Body, bytes, int, bytes]]
 """Inside the transaction: (body, VM id, generation number, parent id) of the record to append."""
+
+
+def _damage(found: salvage.Examined) -> DamagedPack:
+    first = found.problems[0]
+    return DamagedPack(pack_id=found.pack_id.hex(), problem=first.text, offset=first.offset)
 
 
 def _now() -> str:

@@ -184,7 +184,7 @@ class GenerationWriter:
         live = np.flatnonzero(ids.any(axis=1))
         if not len(live):
             return wanted
-        locations = self._repository.nodes.locate(ids[live])
+        locations = self._repository.nodes.reusable(ids[live])
         known = locations["pack"] != 0
         self._hit_packs.update(np.unique(locations["pack"][known]).tolist())
         candidates = live[~known]
