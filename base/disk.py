@@ -59,6 +59,14 @@ class Disk:
         except OSError as error:
             raise StorageError.from_os(error, str(path), "fsync") from error
 
+    def mkdir(self, path: Path, mode: int = 0o700) -> None:
+        """Make a folder; it must not exist."""
+        self.step("mkdir", str(path))
+        try:
+            path.mkdir(mode)
+        except OSError as error:
+            raise StorageError.from_os(error, str(path), "make the folder") from error
+
     def link(self, source: Path, target: Path) -> bool:
         """Give a file a second name. False if the name is taken: link(2) never overwrites."""
         self.step("link", str(target))
@@ -87,8 +95,11 @@ class Disk:
             raise StorageError.from_os(error, str(path), "remove") from error
 
 
-def replace_file(disk: Disk, path: Path, content: bytes) -> None:
-    """Durably make `path` hold `content`, whatever it held: temporary file, fsync, rename, fsync the directory."""
+def replace_file(disk: Disk, path: Path, content: bytes, *, lasting: bool = True) -> None:
+    """Durably make `path` hold `content`, whatever it held: temporary file, fsync, rename, fsync the directory.
+
+    Not `lasting`: without the last, so that after a power loss it may also hold what it held before.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = disk.create(temporary)
     try:
@@ -101,7 +112,8 @@ def replace_file(disk: Disk, path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    disk.fsync_directory(path.parent)
+    if lasting:
+        disk.fsync_directory(path.parent)
 
 
 def _write_all(descriptor: int, buffers: list[bytes]) -> int:

@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from store.slots import Credential, NewSlot, SlotInfo, list_slots, newest
 
 if TYPE_CHECKING:
     from store.audit import Report
+    from store.storage import LocalStorage
 
 _PUBLIC_KEY_MOST = 64 << 10
 _KINDS = {SlotKind.PASSPHRASE: "passphrase", SlotKind.KEY_FILE: "key file"}
@@ -150,7 +152,7 @@ def audit(options: Namespace) -> int:
         read_mark(path)  # says that there is none
     storage = LocalStorage(path)
     try:
-        report = audits.audit(storage, trusted, _memory, progress=output.progress())
+        report = audits.audit(storage, trusted, partial(_memory, storage), progress=output.progress())
     finally:
         storage.close()
     document = {
@@ -168,10 +170,10 @@ def _keychain(options: Namespace, given: Credential | None = None) -> Keychain:
     return Keychain(path, identity, given or credential(), places.repository_state(identity))
 
 
-def _memory(repository_id: bytes) -> History:
+def _memory(storage: LocalStorage, repository_id: bytes) -> History:
     state = places.repository_state(repository_id)
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return History(state / "history.json")
+    return History(state / "history.json", storage.settle)
 
 
 def _resolve(found: tuple[SlotInfo, ...], prefix: str) -> SlotInfo:

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING
 
 import lmdb
 
+from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, LockedError, StorageError
 from store import examination
 
@@ -74,14 +75,24 @@ class Environment:
     """An open LMDB environment with its named databases; a context manager.
 
     `directory` is made if it is missing. `databases` are opened or made. `mac_key` (32 bytes) lets a child check the
-    index after an unclean shutdown. `wait_s`: how long to wait while another process opens or examines it.
+    index after an unclean shutdown. `wait_s`: how long to wait while another process opens or examines it. LMDB does
+    its own writing: of `disk` only `step` is called, before a commit and before a sync.
 
     Raises IndexLostError when what was there cannot be trusted: it has been thrown away, and opening again makes
     an empty one. Raises ConflictError (open in this process already), LockedError, StorageError.
     """
 
-    def __init__(self, directory: Path, databases: Sequence[str], *, mac_key: bytes, wait_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        databases: Sequence[str],
+        *,
+        mac_key: bytes,
+        wait_s: float = 600.0,
+        disk: Disk | None = None,
+    ) -> None:
         _prepare(directory)
+        self._disk = disk or Disk()
         self.directory = directory.resolve()
         self.path = self.directory / "index.lmdb"
         self._pid = os.getpid()
@@ -128,10 +139,12 @@ class Environment:
         """
         with self._transaction(write=True) as txn:
             yield txn
+            self._disk.step("lmdb commit", str(self.path))
 
     def flush(self) -> None:
         """Make all that is committed durable; needed before removing from the repository what the index claimed."""
         self._check_process()
+        self._disk.step("lmdb sync", str(self.path))
         try:
             self._lmdb.sync(True)
         except lmdb.Error as error:

@@ -7,12 +7,13 @@ one thread.
 
 from __future__ import annotations
 
-import os
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from base.disk import Disk, replace_file
 from base.errors import IntegrityError, StorageError
 from store import format as layout
 from store.format_keys import keyring_name
@@ -26,10 +27,10 @@ class _Seen(msgspec.Struct, frozen=True):
 
 
 class History:
-    """The memory of one repository."""
+    """The memory of one repository. `settle` makes the names in one of its folders durable (Storage.settle)."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, settle: Callable[[str], None] = lambda _: None, disk: Disk | None = None) -> None:
+        self._path, self._settle, self._disk = path, settle, disk or Disk()
         self._seen = self._read()
         self._keyring = self._seen.keyring, self._seen.keyring_hash
 
@@ -62,11 +63,23 @@ class History:
             )
         self._keyring = number, keyring_hash.hex()
 
+    def settle(self, folder: str) -> None:
+        """Make durable what others have published: it must be, before this host remembers it for ever.
+
+        Raises StorageError.
+        """
+        try:
+            self._settle(folder)
+        except StorageError as error:
+            if error.errno not in (errno.EINVAL, errno.EROFS):  # a medium on which nothing can be pending
+                raise
+
     def advance(self, sequence: int, record_hash: bytes) -> None:
         """Remember a newer record, and the keyring that was checked.
 
-        What another process has remembered meanwhile is kept. Atomic, not synced: after a power loss an older memory is
-        as true. Raises StorageError.
+        What another process has remembered meanwhile is kept. Its content is durable before its name is changed, or a
+        power loss could leave half of it; the change of the name need not be: an older memory is as true. Raises
+        StorageError.
         """
         stored = self._read()
         records = [
@@ -81,12 +94,11 @@ class History:
         )
         if self._seen == stored:
             return
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(msgspec.json.encode(self._seen))
-            temporary.rename(self._path)
-        except OSError as error:
-            raise StorageError.from_os(error, str(self._path), "write") from error
+        if self._seen.sequence > stored.sequence:
+            self.settle("records")
+        if self._seen.keyring > stored.keyring:
+            self.settle("keyring")
+        replace_file(self._disk, self._path, msgspec.json.encode(self._seen), lasting=False)
 
     def remember(self) -> None:
         """Remember the keyring that was checked. Raises StorageError."""

@@ -82,7 +82,8 @@ class Keychain:
         self._storage = LocalStorage(path, disk)
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._history = History(state / "history.json")  # first: all that it knows is there when files are read
+            # The memory first: all that it knows is there when files are read.
+            self._history = History(state / "history.json", self._storage.settle, disk)
             self._files = key_files(self._storage)
             self.keys = slots.unlock(self._files, credential)
             if self.keys.repository_id != repository_id:
@@ -135,7 +136,7 @@ class Keychain:
                 error.path, f"{error}; keys were changed, but a removed slot's file is still there", errno=error.errno
             ) from error
         finally:
-            self._recognise()
+            self._remember()
         return self.keys
 
     def _publish(self, step: KeyChange) -> None:
@@ -173,6 +174,14 @@ class Keychain:
             self._files.pop(name, None)
         if names:
             self._storage.settle("keys")
+
+    def _remember(self) -> None:
+        try:
+            self._recognise()
+        except StorageError as error:
+            raise StorageError(
+                error.path, f"{error}; keys were changed, but this host will not remember it", errno=error.errno
+            ) from error
 
     def _recognise(self) -> None:
         """Compare with what this host has seen, then remember. Raises IntegrityError."""

@@ -85,12 +85,11 @@ def create(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConflictError(f"{path} is not an empty folder: choose another place for the repository")
     made = not path.exists()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError.from_os(error, str(path), "make the folder") from error
     storage = LocalStorage(path, disk)
     try:
+        for folder in reversed([each for each in (path, *path.parents) if not each.exists()]):
+            storage.disk.mkdir(folder)
+            storage.disk.fsync_directory(folder.parent)
         storage.make_folders()
         for name, data in files.items():
             storage.put(name, data)
@@ -150,7 +149,7 @@ class Repository:
         self.disk = disk or Disk()
         self.storage = LocalStorage(path, self.disk)
         self.settings = PackingSettings()
-        self._history = History(state / "history.json")
+        self._history = History(state / "history.json", self.storage.settle, self.disk)
         self._unlock, self._locked_out = unlock, False
         keys = self.keys = self._newest_keys()
         with ExitStack() as undo:
@@ -279,18 +278,12 @@ class Repository:
     def forget(self, generation: Generation) -> None:
         """Append a tombstone; the generation's number is never used again. Raises StorageError."""
         body = TombstoneBody(time=_now(), host=socket.gethostname())
-        vm_id = bytes.fromhex(generation.vm_id)
-        with self.environment.write() as txn:
-            self._append(txn, layout.RECORD_TOMBSTONE, lambda _: (body, vm_id, generation.number, layout.ZERO_ID), [])
-        self._remember()
+        self._commit(layout.RECORD_TOMBSTONE, lambda _: (body, *_named(generation), layout.ZERO_ID), [])
 
     def protect(self, generation: Generation, *, protected: bool) -> None:
         """Keep a generation whatever a policy says, or no longer. Raises StorageError."""
         body = AttributesBody(time=_now(), host=socket.gethostname(), protected=protected)
-        vm_id = bytes.fromhex(generation.vm_id)
-        with self.environment.write() as txn:
-            self._append(txn, layout.RECORD_ATTRIBUTES, lambda _: (body, vm_id, generation.number, layout.ZERO_ID), [])
-        self._remember()
+        self._commit(layout.RECORD_ATTRIBUTES, lambda _: (body, *_named(generation), layout.ZERO_ID), [])
 
     def publish_generation(
         self,
@@ -341,19 +334,24 @@ class Repository:
 
         if self.note_missing(hit_packs):
             raise ConflictError(f"packs that this generation of {vm} shares are gone: capture again")
+        record = self._commit(layout.RECORD_GENERATION, numbered, packs)
+        assert isinstance(record.body, GenerationBody)
+        return generation_of(record.header, record.body, record.id)
+
+    def _commit(self, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
+        """Append a record. Once it is published that is a success, whatever LMDB says: the index catches up when it is
+        next opened."""
         record: Record | None = None
         try:
             with self.environment.write() as txn:
-                record = self._append(txn, layout.RECORD_GENERATION, numbered, packs)
-                self.disk.step("lmdb commit", str(self.environment.path))
-        except StorageError:
+                record = self._append(txn, kind, numbered, packs)
+        except (StorageError, IndexLostError):
             if record is None:
-                raise  # else it is published: the index catches up when it is next opened
-        assert record is not None
-        assert isinstance(record.body, GenerationBody)
+                raise
         with suppress(StorageError):
             self._remember()
-        return generation_of(record.header, record.body, record.id)
+        assert record is not None
+        return record
 
     def _append(self, txn: lmdb.Transaction, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
         """Publish the next record inside a write transaction; if another writer was faster, replay it and try again."""
@@ -400,6 +398,8 @@ class Repository:
             previous = record.id
             total = total or sum(1 for _ in self.storage.list("records"))
             progress("indexing records", sequence, max(total, sequence))
+        if sequence > first:
+            self._history.settle("records")
         return sequence
 
     def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
@@ -501,10 +501,15 @@ class Repository:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError.from_os(error, str(state), "make the folder") from error
+
+        def opened() -> Environment:
+            names = (*DATABASES, *Index.DATABASES)
+            return Environment(state / INDEX_FOLDER, names, mac_key=self.keys.index_mac_key, disk=self.disk)
+
         try:
-            return Environment(state / INDEX_FOLDER, (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
+            return opened()
         except IndexLostError:
-            return Environment(state / INDEX_FOLDER, (*DATABASES, *Index.DATABASES), mac_key=self.keys.index_mac_key)
+            return opened()
 
     def _by_prefix(self, txn: lmdb.Transaction, prefix: str) -> Generation:
         text = prefix.lower()
@@ -527,16 +532,25 @@ def _damage(found: salvage.Examined) -> DamagedPack:
     return DamagedPack(pack_id=found.pack_id.hex(), problem=first.text, offset=first.offset)
 
 
+def _named(generation: Generation) -> tuple[bytes, int]:
+    """The way a record's header names a generation."""
+    return bytes.fromhex(generation.vm_id), generation.number
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _remove_made(path: Path, *, keep: bool) -> None:
-    """Undo a half-made repository; only files that `create` makes."""
+    """Undo a half-made repository, in a folder that was not there or empty."""
     with suppress(OSError):
+        (path / "config").unlink(missing_ok=True)  # first: what has it is a repository
         for folder in LocalStorage.FOLDERS:
-            for each in (path / folder).glob("*"):
-                each.unlink()
-            (path / folder).rmdir()
+            if (path / folder).exists():
+                for each in (path / folder).iterdir():
+                    each.unlink()
+                (path / folder).rmdir()
+        for each in path.iterdir():  # the mark under its temporary name
+            each.unlink()
         if not keep:
             path.rmdir()

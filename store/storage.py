@@ -108,10 +108,7 @@ class LocalStorage:
     def make_folders(self) -> None:
         """The empty folders of a new repository."""
         for folder in self.FOLDERS:
-            try:
-                (self.root / folder).mkdir(mode=0o700)
-            except OSError as error:
-                raise StorageError.from_os(error, str(self.root / folder), "make the folder") from error
+            self.disk.mkdir(self.root / folder)
         self.disk.fsync_directory(self.root)
 
     def put(self, name: str, data: bytes) -> bool:

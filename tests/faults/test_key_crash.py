@@ -120,7 +120,7 @@ def test_an_error_at_every_step(name):
         with place() as where:
             prepared(where)
             disk = CountingDisk(step, fail)
-            with keychain(where, disk=disk) as chain, pytest.raises(StorageError) as caught:
+            with pytest.raises(StorageError) as caught, keychain(where, disk=disk) as chain:
                 CHANGES[name](chain)
             assert len(str(caught.value).splitlines()) == 1
             files = read_key_files(where.path)

@@ -1,0 +1,171 @@
+"""What is done to a repository while its disk is watched, refused, or cut off. To cover another operation, add one.
+
+Each runs on the same small repository, which `prepare` makes: two VMs that share pages, three generations of one of
+them, one forgotten and one protected, packs of some 30 KB, a second key slot. It works through the open repository or
+keychain that it is given, and says with `expect` what a generation that it makes will hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+from store_fixtures import CHEAP, PASSPHRASE, Place, add, image
+
+from base.disk import Disk
+from store.chunker import PackingSettings
+from store.keychain import Keychain, read_key_files
+from store.repository import Repository, create, read_mark
+from store.slots import NewSlot, new_keyring, unlock
+
+OTHER, NEW = b"another slot", b"the new one"
+SMALL = PackingSettings(pack_bytes=30_000)
+
+
+@functools.cache
+def contents() -> dict[str, bytes]:
+    """What generations hold, before and after the operations."""
+    one, two = image(1, 60), image(2, 24)
+    second = image(3, 20) + one[20 * 4096 :]
+    third = second[: 30 * 4096] + image(4, 12) + second[42 * 4096 :]
+    return {
+        "vm@1": one,
+        "vm@2": second,
+        "vm@3": third,
+        "vm@4": image(5, 25) + third[25 * 4096 :],
+        "vm@5": image(6, 9),
+        "other@1": two + one[: 10 * 4096],
+        "other@2": two,
+        "third@1": image(7, 40),
+    }
+
+
+class Run:
+    """One place, and one disk through which everything is done."""
+
+    def __init__(self, where: Place, disk: Disk | None = None) -> None:
+        self.where, self.disk = where, disk or Disk()
+        self.credential = PASSPHRASE
+
+    def keys(self):
+        return unlock(read_key_files(self.where.path), self.credential)
+
+    def repository(self) -> Repository:
+        return Repository(self.where.path, self.keys(), self.where.state, disk=self.disk, unlock=self.keys)
+
+    def keychain(self) -> Keychain:
+        where = self.where
+        return Keychain(where.path, read_mark(where.path), self.credential, where.state, disk=self.disk)
+
+    def add(self, repository: Repository, vm: str, parent=None):
+        """The next generation of a VM, with the content that `contents` has for it."""
+        highest = self.highest(repository, vm)
+        return add(repository, vm, {"ram": contents()[f"{vm}@{highest + 1}"]}, parent)
+
+    @staticmethod
+    def highest(repository: Repository, vm: str) -> int:
+        with repository.environment.read() as txn:
+            known = repository.catalog.vm(txn, vm)
+        return 0 if known is None else known[1]
+
+
+def prepare(run: Run) -> None:
+    """The repository on which everything is tried."""
+    with run.keychain() as chain:
+        chain.change(add=slot(OTHER))
+    with run.repository() as repository:
+        run.add(repository, "other")
+        first = run.add(repository, "vm")
+        second = run.add(repository, "vm", first)
+        run.add(repository, "vm", second)
+        repository.protect(repository.resolve("vm@2"), protected=True)
+        repository.forget(repository.resolve("vm@1"))
+
+
+def slot(credential: bytes) -> NewSlot:
+    return NewSlot(credential, "", CHEAP)
+
+
+Operation = Callable[[Run], None]
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(work: Operation) -> Operation:
+    OPERATIONS[work.__name__.replace("_", "-")] = work
+    return work
+
+
+@operation
+def init(run: Run) -> None:
+    made = new_keyring(PASSPHRASE, CHEAP)
+    create(run.where.root / "deeper" / "repository", made.files, made.keys, SMALL, run.disk)
+
+
+@operation
+def capture(run: Run) -> None:
+    with run.repository() as repository:
+        run.add(repository, "vm", repository.resolve("vm@latest"))
+
+
+@operation
+def import_of_a_new_vm(run: Run) -> None:
+    with run.repository() as repository:
+        run.add(repository, "third")
+
+
+@operation
+def forget(run: Run) -> None:
+    with run.repository() as repository:
+        repository.forget(repository.resolve("vm@3"))
+
+
+@operation
+def protect(run: Run) -> None:
+    with run.repository() as repository:
+        repository.protect(repository.resolve("vm@3"), protected=True)
+
+
+@operation
+def unprotect_and_forget(run: Run) -> None:
+    with run.repository() as repository:
+        generation = repository.resolve("vm@2")
+        repository.protect(generation, protected=False)
+        repository.forget(generation)
+
+
+@operation
+def key_add(run: Run) -> None:
+    with run.keychain() as chain:
+        chain.change(add=slot(NEW))
+
+
+@operation
+def key_remove(run: Run) -> None:
+    with run.keychain() as chain:
+        chain.change(remove=[chain.keys.slot_id])
+
+
+@operation
+def key_change_passphrase(run: Run) -> None:
+    with run.keychain() as chain:
+        chain.change(add=slot(NEW), remove=[chain.keys.slot_id])
+
+
+@operation
+def key_rotate(run: Run) -> None:
+    with run.keychain() as chain:
+        chain.change(add=slot(PASSPHRASE), remove=[chain.keys.slot_id], rotate=True)
+    with run.repository() as repository:
+        run.add(repository, "vm", repository.resolve("vm@latest"))
+
+
+@contextmanager
+def prepared():
+    """A place with the repository on which everything is tried."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
+        where = Place(Path(root) / "disk", SMALL)
+        prepare(Run(where))
+        yield where
