@@ -5,8 +5,10 @@ caller's transaction; nothing stands here alone. Keys are big-endian numbers so 
 
     meta         "last" -> sequence (8), hash of that record (32)
                  "next pack" -> number (4)
-    packs        pack number (4) -> pack header (64), size (8), frame offsets and footer offset (4 each)
-    pack_ids     pack id (16) -> pack number (4)
+                 "doomed" -> of each doomed pack: id (16), number (4), sequence since which it is doomed (8)
+    packs        pack number (4) -> pack header (64), size (8), frame offsets and footer offset (4 each), number of
+                 chunks in each frame (2 each)
+    pack_ids     pack id (16) -> pack number (4), 0 for a pack that a swap has removed
     vms          VM name -> VM id (16), highest generation number ever used (8)
     generations  VM id (16), number (8) -> sequence (8), record id (32), parent (32), body as JSON
     ids          record id (32) -> VM id (16), number (8)
@@ -27,11 +29,21 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from base.errors import IntegrityError, NotFoundError
+from base.errors import NotFoundError
 from store import format as layout
 from store.index import LOCATION, Index
 from store.packs import PackEntry, PackInfo
-from store.records import AttributesBody, Generation, GenerationBody, Record, TombstoneBody, generation_of
+from store.records import (
+    AttributesBody,
+    DoomBody,
+    Generation,
+    GenerationBody,
+    Record,
+    SwapBody,
+    TombstoneBody,
+    generation_of,
+)
+from store.storage import ObjectMissingError
 
 if TYPE_CHECKING:
     import lmdb
@@ -40,7 +52,7 @@ if TYPE_CHECKING:
 
 DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids", "protected", "damaged")
 
-INDEX_FOLDER = "index-1"
+INDEX_FOLDER = "index-2"
 """Where the index lies in a host's state for a repository. The number changes with any layout that is kept in LMDB:
 another Perdure then indexes anew, beside what it cannot read."""
 
@@ -49,6 +61,11 @@ _NUMBER = struct.Struct(">I")
 _VM = struct.Struct(">16sQ")
 _GENERATION = struct.Struct(">Q32s32s")
 _PACK_SIZE = struct.Struct("<Q")
+_PACK_FIXED = layout.PACK_HEADER.size + _PACK_SIZE.size
+
+DOOMED = np.dtype([("pack_id", "V16"), ("pack", "<u4"), ("since", "<u8")])
+"""A doomed pack: its id, its number (0 if nothing of it can be read), and the sequence of the record since which it
+has been doomed without a break."""
 
 
 class DamagedPack(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +98,10 @@ class Catalog:
         for pack in packs:
             self.add_pack(txn, pack)
         header, body = record.header, record.body
+        if isinstance(body, DoomBody):
+            self._doom(txn, [bytes.fromhex(each) for each in body.packs], header.sequence)
+        elif isinstance(body, SwapBody):
+            self._remove(txn, [bytes.fromhex(each) for each in body.removed])
         if isinstance(body, GenerationBody):
             self._put(txn, "vms", body.vm.encode(), _VM.pack(header.vm_id, header.number))
             key = _VM.pack(header.vm_id, header.number)
@@ -109,9 +130,13 @@ class Catalog:
         number = _NUMBER.unpack(self._get(txn, "meta", b"next pack") or _NUMBER.pack(1))[0]
         self._put(txn, "meta", b"next pack", _NUMBER.pack(number + 1))
         self._put(txn, "pack_ids", pack.header.pack_id, _NUMBER.pack(number))
+        doomed = self.doomed(txn)
+        if len(doomed):  # a damaged one that is whole again, under another number
+            doomed["pack"][doomed["pack_id"] == np.void(pack.header.pack_id)] = number
+            self._put(txn, "meta", b"doomed", doomed.tobytes())
         offsets = np.append(pack.footer.offsets, np.uint32(pack.frames_end)).astype("<u4")
         value = layout.encode_pack_header(pack.header) + _PACK_SIZE.pack(pack.size) + offsets.tobytes()
-        self._put(txn, "packs", _NUMBER.pack(number), value)
+        self._put(txn, "packs", _NUMBER.pack(number), value + pack.footer.counts.astype("<u2").tobytes())
         counts = pack.footer.counts.astype(np.int64)
         locations = np.zeros(len(pack.footer.ids), LOCATION)
         locations["pack"] = number
@@ -120,21 +145,58 @@ class Catalog:
         if len(locations):
             self._index.add(txn, pack.footer.ids, locations)
 
+    def doomed(self, txn: lmdb.Transaction) -> NDArray[np.void]:
+        """The packs that are about to be removed: DOOMED (n,), the caller's own."""
+        return np.frombuffer(self._get(txn, "meta", b"doomed") or b"", DOOMED).copy()
+
+    def was_removed(self, txn: lmdb.Transaction, pack_id: bytes) -> bool:
+        """Whether a swap has removed this pack: its file may go."""
+        return self._get(txn, "pack_ids", pack_id) == _NUMBER.pack(0)
+
+    def _doom(self, txn: lmdb.Transaction, pack_ids: list[bytes], sequence: int) -> None:
+        since = {bytes(each["pack_id"]): int(each["since"]) for each in self.doomed(txn)}
+        rows = [
+            (np.void(each), self.pack_number(txn, each), since.get(each, sequence)) for each in dict.fromkeys(pack_ids)
+        ]
+        self._put(txn, "meta", b"doomed", np.array(rows, DOOMED).tobytes())
+
+    def _remove(self, txn: lmdb.Transaction, pack_ids: list[bytes]) -> None:
+        numbers = np.array([self.pack_number(txn, each) for each in pack_ids], np.uint32)
+        for pack_id, number in zip(pack_ids, numbers.tolist(), strict=True):
+            self._put(txn, "pack_ids", pack_id, _NUMBER.pack(0))
+            self._delete(txn, "damaged", pack_id)
+            if number:
+                self._delete(txn, "packs", _NUMBER.pack(number))
+                self._entries.pop(number, None)
+        self._index.drop_packs(txn, numbers[numbers != 0])
+        gone = set(pack_ids)
+        doomed = self.doomed(txn)
+        left = np.array([bytes(each) not in gone for each in doomed["pack_id"]], np.bool_)
+        self._put(txn, "meta", b"doomed", doomed[left].tobytes())
+
     def pack(self, number: int) -> PackEntry:
-        """A pack by its number, for readers of frames. Raises IntegrityError."""
+        """A pack by its number, for readers of frames. Raises ObjectMissingError for one that was removed."""
         entry = self._entries.get(number)
         if entry is None:
             with self._environment.read() as txn:
-                value = self._get(txn, "packs", _NUMBER.pack(number))
-            if value is None:
-                raise IntegrityError(f"pack {number} of the local index", "is not known")
-            header = layout.decode_pack_header(value[: layout.PACK_HEADER.size], f"pack {number} of the local index")
-            offsets = np.frombuffer(value, "<u4", -1, layout.PACK_HEADER.size + _PACK_SIZE.size).astype(np.uint32)
-            entry = self._entries[number] = PackEntry(header, offsets)
+                entry = self.entry(txn, number)
+            self._entries[number] = entry
         return entry
 
+    def entry(self, txn: lmdb.Transaction, number: int) -> PackEntry:
+        """The same inside a transaction, and not kept. Raises ObjectMissingError, IntegrityError."""
+        name = f"pack {number} of the local index"
+        value = self._get(txn, "packs", _NUMBER.pack(number))
+        if value is None:
+            raise ObjectMissingError(name)
+        frames = (len(value) - _PACK_FIXED - 4) // 6
+        header = layout.decode_pack_header(value[: layout.PACK_HEADER.size], name)
+        offsets = np.frombuffer(value, "<u4", frames + 1, _PACK_FIXED).astype(np.uint32)
+        counts = np.frombuffer(value, "<u2", frames, _PACK_FIXED + 4 * (frames + 1)).astype(np.uint16)
+        return PackEntry(header, offsets, counts, _PACK_SIZE.unpack_from(value, layout.PACK_HEADER.size)[0])
+
     def pack_number(self, txn: lmdb.Transaction, pack_id: bytes) -> int:
-        """Number of a known pack, 0 if it is not known."""
+        """Number of a known pack, 0 if it is not known or was removed."""
         value = self._get(txn, "pack_ids", pack_id)
         return 0 if value is None else int(_NUMBER.unpack(value)[0])
 
@@ -148,16 +210,22 @@ class Catalog:
 
     def note_damage(self, txn: lmdb.Transaction, damage: DamagedPack) -> None:
         """From now on deduplication does not rely on this pack."""
-        self._put(txn, "damaged", bytes.fromhex(damage.pack_id), msgspec.json.encode(damage))
+        if not self.was_removed(txn, bytes.fromhex(damage.pack_id)):
+            self._put(txn, "damaged", bytes.fromhex(damage.pack_id), msgspec.json.encode(damage))
 
     def damaged(self, txn: lmdb.Transaction) -> list[DamagedPack]:
         """Packs that are known to be damaged or missing."""
         return [msgspec.json.decode(value, type=DamagedPack) for _, value in self._items(txn, "damaged")]
 
     def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
-        """Numbers of packs in which deduplication must find nothing, ascending."""
+        """Numbers of packs in which deduplication must find nothing, ascending: damaged and doomed ones.
+
+        Read it in the transaction of the look-up.
+        """
         numbers = [self.pack_number(txn, bytes.fromhex(each.pack_id)) for each in self.damaged(txn)]
-        return np.array(sorted(set(numbers) - {0}), np.uint32)
+        both = np.union1d(np.array(numbers, np.uint32), self.doomed(txn)["pack"])
+        avoided: NDArray[np.uint32] = both[both != 0].astype(np.uint32)
+        return avoided
 
     def heal_pack(self, txn: lmdb.Transaction, pack: PackInfo) -> None:
         """A pack that was damaged is whole again: all of it is indexed anew, under another number."""

@@ -45,7 +45,7 @@ RECORD  files `records/<sequence, 12 digits>`
     offset size  field
          0    8  magic "PERDRECD"
          8    2  format version, 1
-        10    1  kind: 1 genesis, 2 generation, 3 tombstone, 4 attributes
+        10    1  kind: 1 genesis, 2 generation, 3 tombstone, 4 attributes, 5 doom, 6 swap
         11    1  zero
         12    4  epoch of the data key
         16    8  repository sequence, from 1
@@ -88,7 +88,7 @@ SIGNATURE_BYTES = 64
 PACK_DATA, PACK_NODES = 1, 2
 CODEC_RAW, CODEC_ZSTD = 0, 1
 FOOTER_NUMBER = 0xFFFFFFFF
-RECORD_GENESIS, RECORD_GENERATION, RECORD_TOMBSTONE, RECORD_ATTRIBUTES = 1, 2, 3, 4
+RECORD_GENESIS, RECORD_GENERATION, RECORD_TOMBSTONE, RECORD_ATTRIBUTES, RECORD_DOOM, RECORD_SWAP = 1, 2, 3, 4, 5, 6
 SEALED_RECORD = 16
 """Kind under which record bodies are sealed; the kinds of packs stand for their frames and footers."""
 
@@ -248,6 +248,12 @@ def decode_record(data: bytes, name: str) -> tuple[RecordHeader, bytes, bytes]:
         raise IntegrityError(name, f"record of {len(data)} bytes is truncated or damaged", offset=144)
     header = RecordHeader(kind, epoch, sequence, previous, vm_id, number, parent, salt)
     return header, data[RECORD_HEADER.size : -SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
+
+
+def record_kind(data: bytes, name: str) -> int:
+    """Kind of a record, from its clear header alone. Raises IntegrityError, FormatVersionError."""
+    _begin(data, RECORD_MAGIC, RECORD_HEADER.size, name)
+    return int(RECORD_HEADER.unpack_from(data)[2])
 
 
 def record_id(data: bytes) -> bytes:

@@ -212,17 +212,23 @@ def read_pack(storage: Storage, keys: SealingKeys, pack_id: bytes) -> PackInfo:
 
 @dataclass(frozen=True, slots=True)
 class PackEntry:
-    """What is needed to read a pack's frames. `offsets` uint32 (frames + 1,): the last is the footer's."""
+    """What is needed to read a pack's frames, from the local index.
+
+    `offsets` uint32 (frames + 1,): the last is the footer's; `counts` uint16 (frames,): chunks in each;
+    `size` in bytes.
+    """
 
     header: layout.PackHeader
     offsets: NDArray[np.uint32]
+    counts: NDArray[np.uint16]
+    size: int
 
 
 class PackTable(Protocol):
     """Finds packs by the numbers that the index uses."""
 
     def pack(self, number: int) -> PackEntry:
-        """Raises IntegrityError for a number that is not known."""
+        """Raises ObjectMissingError for a number that is not known (any more)."""
 
 
 class FrameReader:

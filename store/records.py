@@ -74,12 +74,34 @@ class AttributesBody(msgspec.Struct, frozen=True, kw_only=True):
     protected: bool
 
 
-Body = GenesisBody | GenerationBody | TombstoneBody | AttributesBody
+class DoomBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of the record that names all packs (ids in hex) which are about to be removed, from here on.
+
+    It takes the place of the set before: an empty one ends it. Deduplication misses what only doomed packs hold.
+    """
+
+    time: str
+    host: str
+    packs: tuple[str, ...]
+
+
+class SwapBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of the record that puts packs (ids in hex) in the place of doomed ones, whose files may then go."""
+
+    time: str
+    host: str
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+Body = GenesisBody | GenerationBody | TombstoneBody | AttributesBody | DoomBody | SwapBody
 _BODIES: dict[int, type[Body]] = {
     layout.RECORD_GENESIS: GenesisBody,
     layout.RECORD_GENERATION: GenerationBody,
     layout.RECORD_TOMBSTONE: TombstoneBody,
     layout.RECORD_ATTRIBUTES: AttributesBody,
+    layout.RECORD_DOOM: DoomBody,
+    layout.RECORD_SWAP: SwapBody,
 }
 
 

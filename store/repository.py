@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ from base.extents import Extents
 from base.progress import Progress, silent
 from base.workers import WorkerPool
 from store import format as layout
-from store import pagemap, salvage
+from store import pagemap
 from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
 from store.chunker import PackingSettings
 from store.environment import Environment, IndexLostError
@@ -54,11 +54,13 @@ from store.packs import FrameReader, PackInfo, read_pack
 from store.records import (
     AttributesBody,
     Body,
+    DoomBody,
     Generation,
     GenerationBody,
     GenesisBody,
     Record,
     RegionBody,
+    SwapBody,
     TombstoneBody,
     UncertainCommitError,
     decode_record,
@@ -67,6 +69,7 @@ from store.records import (
     generation_of,
     unknown_epoch,
 )
+from store.replay import Replay
 from store.slots import require_descent
 from store.storage import LocalStorage, ObjectMissingError
 from store.writer import GenerationWriter, RegionDraft
@@ -159,6 +162,7 @@ class Repository:
             self.index = Index(self.environment, keys.index_mac_key)
             self.catalog = Catalog(self.environment, self.index)
             self.frames = FrameReader(self.storage, keys, self.catalog)
+            self._replay = Replay(self.storage, self.catalog, self._history, self._keys_for)
             self.nodes = StoredNodes(self.environment, self.index, self.frames, self)
             self._read_settings()
             self.refresh(progress)
@@ -198,7 +202,7 @@ class Repository:
             self._require_epoch_of(data, sequence)  # another process of this host may have replayed it
         while self.storage.exists(layout.record_name(sequence + 1)):
             with self.environment.write() as txn:
-                sequence = self._replay(txn, progress, _REPLAY_AT_ONCE)
+                sequence = self._replay.forward(txn, progress, _REPLAY_AT_ONCE)
         self._remember()
 
     def vms(self) -> list[str]:
@@ -285,6 +289,39 @@ class Repository:
         body = AttributesBody(time=_now(), host=socket.gethostname(), protected=protected)
         self._commit(layout.RECORD_ATTRIBUTES, lambda _: (body, *_named(generation), layout.ZERO_ID), [])
 
+    def doom(self, packs: Sequence[bytes]) -> int:
+        """Append the record that these packs (ids), and no others, are about to be removed; gives its sequence.
+
+        From then on deduplication misses what only they hold. The repository's lock for pruning is held (store.prune).
+        Raises StorageError.
+        """
+        body = DoomBody(time=_now(), host=socket.gethostname(), packs=tuple(each.hex() for each in packs))
+        return self._commit(layout.RECORD_DOOM, lambda _: (body, bytes(16), 0, layout.ZERO_ID), []).header.sequence
+
+    def swap(self, added: list[PackInfo], removed: Sequence[bytes], relied: Set[int] = frozenset()) -> int:
+        """Append the record that puts packs, visible and durable, in the place of doomed ones; gives its sequence.
+
+        `relied`: numbers of other packs that hold what is taken away with `removed`. The repository's lock for pruning
+        is held. Raises ConflictError (others have changed meanwhile what this stands on: nothing was done),
+        UncertainCommitError, StorageError.
+        """
+        body = SwapBody(
+            time=_now(),
+            host=socket.gethostname(),
+            added=tuple(each.header.pack_id.hex() for each in added),
+            removed=tuple(each.hex() for each in removed),
+        )
+
+        def checked(txn: lmdb.Transaction) -> _Append:
+            doomed = self.catalog.doomed(txn)
+            if not self.catalog.has_packs(txn, set(relied)) or set(doomed["pack"].tolist()) & relied:
+                raise ConflictError("packs that hold what others share with them were doomed or removed meanwhile")
+            if not {bytes(each) for each in doomed["pack_id"]} >= set(removed):
+                raise ConflictError("packs that are to be removed are doomed no longer")
+            return body, bytes(16), 0, layout.ZERO_ID
+
+        return self._commit(layout.RECORD_SWAP, checked, added).header.sequence
+
     def publish_generation(
         self,
         vm: str,
@@ -326,7 +363,7 @@ class Repository:
             metadata=metadata,
         )
 
-        def numbered(txn: lmdb.Transaction) -> tuple[Body, bytes, int, bytes]:
+        def numbered(txn: lmdb.Transaction) -> _Append:
             if not self.catalog.has_packs(txn, hit_packs):
                 raise ConflictError(f"packs that this generation of {vm} shares were pruned meanwhile: capture again")
             vm_id, highest = self.catalog.vm(txn, vm) or (secrets.token_bytes(16), 0)
@@ -356,7 +393,7 @@ class Repository:
     def _append(self, txn: lmdb.Transaction, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
         """Publish the next record inside a write transaction; if another writer was faster, replay it and try again."""
         while True:
-            self._replay(txn, silent, None)
+            self._replay.forward(txn, silent, None)
             body, vm_id, number, parent = numbered(txn)
             sequence, previous = self.catalog.last(txn)
             self._require_epoch_of(self._record_bytes(sequence), sequence)
@@ -377,30 +414,9 @@ class Repository:
             self.catalog.apply(txn, record, packs)
             return record
 
-    def _replay(self, txn: lmdb.Transaction, progress: Progress, limit: int | None) -> int:
-        """Replay at most `limit` records that this host has not seen; gives the last sequence."""
-        sequence, previous = self.catalog.last(txn)
-        first, total, epoch = sequence, 0, 0
-        while (limit is None or sequence - first < limit) and self.storage.exists(layout.record_name(sequence + 1)):
-            if sequence and not epoch:
-                epoch = epoch_of(self._record_bytes(sequence), sequence)
-            sequence += 1
-            data = self._record_bytes(sequence)
-            self._require_epoch_of(data, sequence)
-            record = decode_record(self.keys, data, sequence, previous, epoch)
-            epoch = record.header.epoch
-            added = record.body.packs if isinstance(record.body, GenerationBody) else ()
-            examined = [salvage.examine(self.storage, self.keys, bytes.fromhex(each)) for each in added]
-            self.catalog.apply(txn, record, [each.info for each in examined if each.info is not None])
-            for each in examined:
-                if each.problems:
-                    self.catalog.note_damage(txn, _damage(each))
-            previous = record.id
-            total = total or sum(1 for _ in self.storage.list("records"))
-            progress("indexing records", sequence, max(total, sequence))
-        if sequence > first:
-            self._history.settle("records")
-        return sequence
+    def _keys_for(self, data: bytes, sequence: int) -> Keys:
+        self._require_epoch_of(data, sequence)
+        return self.keys
 
     def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
         """Numbers of packs in which deduplication must find nothing."""
@@ -411,9 +427,13 @@ class Repository:
 
         True if there are such: they are found no longer by `nodes.reusable`. Raises StorageError, IntegrityError.
         """
-        lost = []
+        lost, swapped = [], False
         for number in numbers:
-            entry = self.catalog.pack(number)
+            try:
+                entry = self.catalog.pack(number)
+            except ObjectMissingError:  # swapped out since it was found
+                swapped = True
+                continue
             name = layout.pack_name(entry.header.pack_id)
             try:
                 if self.storage.size(name) > int(entry.offsets[-1]):
@@ -426,7 +446,7 @@ class Repository:
             with self.environment.write() as txn:
                 for each in lost:
                     self.catalog.note_damage(txn, each)
-        return bool(lost)
+        return swapped or bool(lost)
 
     def _look_again_at_damaged(self) -> None:
         """What was damaged may have been put back."""
@@ -523,13 +543,10 @@ class Repository:
         return found[0]
 
 
-_Numbered = Callable[[lmdb.Transaction], tuple[Body, bytes, int, bytes]]
-"""Inside the transaction: (body, VM id, generation number, parent id) of the record to append."""
-
-
-def _damage(found: salvage.Examined) -> DamagedPack:
-    first = found.problems[0]
-    return DamagedPack(pack_id=found.pack_id.hex(), problem=first.text, offset=first.offset)
+_Append = tuple[Body, bytes, int, bytes]
+"""(body, VM id, generation number, parent id) of a record to append."""
+_Numbered = Callable[[lmdb.Transaction], _Append]
+"""Says inside the transaction, once others' records are replayed, what to append; raises if that is to be nothing."""
 
 
 def _named(generation: Generation) -> tuple[bytes, int]:

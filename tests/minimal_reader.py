@@ -31,7 +31,7 @@ from zstandard import ZstdDecompressor, ZstdError
 
 VERSION = 1
 DATA, NODES, BODY, SLOT, MASTER, KEYRING = 1, 2, 16, 32, 33, 34  # kinds of sealed parts; the first two are packs'
-GENESIS, GENERATION, TOMBSTONE, ATTRIBUTES = 1, 2, 3, 4  # kinds of records
+GENESIS, GENERATION, TOMBSTONE, ATTRIBUTES, DOOM, SWAP = 1, 2, 3, 4, 5, 6  # kinds of records
 FOOTER_NUMBER = 0xFFFFFFFF
 NODE_BYTES, FAN_OUT, HEIGHT_MAX = 1024, 32, 13
 FRAME_MAX = 16 << 20
@@ -240,7 +240,7 @@ def read_records(folder: Path, keyring: Keyring) -> list[Record]:
         require(len(data) == 148 + n + 64 and zero == 0, f"{what}: damaged")
         require(name == f"{sequence:012}" and found == sequence, f"{what}: {sequence} is missing")
         require(previous == (records[-1].id if records else ZERO), f"{what}: does not follow the one before")
-        require(GENESIS <= kind <= ATTRIBUTES and (kind == GENESIS) == (sequence == 1), f"{what}: of kind {kind}")
+        require(GENESIS <= kind <= SWAP and (kind == GENESIS) == (sequence == 1), f"{what}: of kind {kind}")
         newest = records[-1].epoch if records else keyring.signers[0][0]
         require(newest <= epoch <= keyring.epoch, f"{what}: of epoch {epoch}, which is past or unknown")
         signer = [key for first, key in keyring.signers if first <= epoch][-1]
@@ -324,17 +324,23 @@ class Reader:
         self.repository, self.keys = keyring.repository, unlock(folder, keyring, passphrase)
         self.records = read_records(folder, keyring)
         found: dict[tuple[bytes, int], Generation] = {}
+        packs: dict[str, None] = {}
         self.places: dict[bytes, tuple[Pack, int, int]] = {}  # id -> pack, frame, slot
         for record in self.records:
             body, which = self._body(record), (record.vm, record.number)
             if record.kind == GENERATION:
                 found[which] = Generation(body["vm"], record.number, record.id, body)
-                for name in body["packs"]:
-                    self._add_pack(folder / "packs" / name)
+                packs.update(dict.fromkeys(body["packs"]))
             elif record.kind == TOMBSTONE:
                 found.pop(which, None)
             elif record.kind == ATTRIBUTES and which in found:
                 found[which] = replace(found[which], protected=body["protected"])
+            elif record.kind == SWAP:
+                packs.update(dict.fromkeys(body["added"]))
+                for name in body["removed"]:
+                    packs.pop(name, None)
+        for name in packs:
+            self._add_pack(folder / "packs" / name)
         self.generations = list(found.values())
 
     def _body(self, record: Record) -> dict[str, Any]:
@@ -343,7 +349,7 @@ class Reader:
         return dict(json.loads(seal.open(record.sequence, record.sealed)))
 
     def _add_pack(self, path: Path) -> None:
-        if path.exists():  # else it held nothing that is still wanted
+        if path.exists():  # else it is missed only where something of it is wanted
             pack = Pack(path, self.repository, self.keys)
             for frame, ids in enumerate(pack.ids):
                 self.places.update((id_, (pack, frame, slot)) for slot, id_ in enumerate(ids))

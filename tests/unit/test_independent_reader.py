@@ -310,7 +310,7 @@ def append(path: Path, keys: Keys, body: Body | None = None, kind: int = 2, prev
         ({"number": 1}, "uses generation number 1 again"),
         ({"number": 3, "previous": b"p" * 32}, "does not follow the one before"),
         ({"kind": 1}, "of kind 1"),
-        ({"kind": 5}, "of kind 5"),
+        ({"kind": 7}, "of kind 7"),
     ],
 )
 def test_records_out_of_order_are_refused(record, why):

@@ -1,0 +1,67 @@
+"""Replay: bringing the local index up to date with the records of the repository.
+
+Records are applied in their order, inside the caller's write transaction, and only once they are verified: place in
+the chain, epoch, signature, seal. A pack that is damaged or missing stops nothing: what can be read of it is indexed,
+and the catalog notes the rest, until a later record swaps the pack out. Belongs to one repository and thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from base.progress import Progress
+from store import format as layout
+from store import salvage
+from store.catalog import Catalog, DamagedPack
+from store.history import History
+from store.keys import Keys
+from store.records import GenerationBody, SwapBody, decode_record, epoch_of
+from store.storage import Storage
+
+if TYPE_CHECKING:
+    import lmdb
+
+
+class Replay:
+    """Replays records into a catalog. `keys_for(record bytes, sequence)` gives keys that know the record's epoch."""
+
+    def __init__(
+        self, storage: Storage, catalog: Catalog, history: History, keys_for: Callable[[bytes, int], Keys]
+    ) -> None:
+        self._storage, self._catalog, self._history, self._keys_for = storage, catalog, history, keys_for
+
+    def forward(self, txn: lmdb.Transaction, progress: Progress, limit: int | None) -> int:
+        """Replay at most `limit` records that this host has not seen; gives the last sequence.
+
+        Raises IntegrityError, WrongPassphraseError, StorageError.
+        """
+        sequence, previous = self._catalog.last(txn)
+        first, total, epoch = sequence, 0, 0
+        while (limit is None or sequence - first < limit) and self._storage.exists(layout.record_name(sequence + 1)):
+            if sequence and not epoch:
+                epoch = epoch_of(self._data(sequence), sequence)
+            sequence += 1
+            data = self._data(sequence)
+            keys = self._keys_for(data, sequence)
+            record = decode_record(keys, data, sequence, previous, epoch)
+            epoch, previous, body = record.header.epoch, record.id, record.body
+            added = body.packs if isinstance(body, GenerationBody) else body.added if isinstance(body, SwapBody) else ()
+            examined = [salvage.examine(self._storage, keys, bytes.fromhex(each)) for each in added]
+            self._catalog.apply(txn, record, [each.info for each in examined if each.info is not None])
+            for each in examined:
+                if each.problems:
+                    self._catalog.note_damage(txn, _damage(each))
+            total = total or sum(1 for _ in self._storage.list("records"))
+            progress("indexing records", sequence, max(total, sequence))
+        if sequence > first:
+            self._history.settle("records")
+        return sequence
+
+    def _data(self, sequence: int) -> bytes:
+        return self._storage.get(layout.record_name(sequence))
+
+
+def _damage(found: salvage.Examined) -> DamagedPack:
+    first = found.problems[0]
+    return DamagedPack(pack_id=found.pack_id.hex(), problem=first.text, offset=first.offset)
