@@ -114,6 +114,8 @@ def capture(
     """
     began = time.monotonic()
     repository.refresh()
+    if parent is not None and not repository.has(parent):
+        parent = None  # forgotten meanwhile: nothing is known of what there is, so all of it is looked at
     with ExitStack() as stack:
         writer = stack.enter_context(repository.writer(vm, parent))
         sources = [_open(stack, writer, region, parent) for region in regions]
@@ -133,7 +135,9 @@ def capture(
             region.tracker.committed()
         journal.committed(generation.id)
         seconds = time.monotonic() - began
-    return Captured(generation, repository.changed(parent, generation), seconds)
+        # Inside the writer's lease: all that both stand on is there, also if somebody forgets them now.
+        changed = repository.changed(parent, generation, leased=True)
+    return Captured(generation, changed, seconds)
 
 
 def _open(stack: ExitStack, writer: GenerationWriter, region: CapturedRegion, parent: Generation | None) -> _Source:

@@ -272,6 +272,10 @@ class Catalog:
             raise NotFoundError(f"generation {name}@{number} {what}")
         return self._generation(txn, key, value)
 
+    def has(self, txn: lmdb.Transaction, generation_id: str) -> bool:
+        """Whether there is a generation of this id (hex), not forgotten."""
+        return self._get(txn, "ids", bytes.fromhex(generation_id)) is not None
+
     def latest(self, txn: lmdb.Transaction, name: str, back: int = 0) -> Generation:
         """The newest generation of a VM, or the one `back` before it. Raises NotFoundError."""
         vm = self.vm(txn, name)

@@ -1,8 +1,15 @@
 """Leases: who uses a view of the repository, so that nothing it has seen is taken away.
 
-A lease is a file in the repository's `leases` folder with the sequence that its holder has seen; the holder
-keeps an exclusive flock on it, which the kernel drops when the holder dies. A lease whose lock can be taken is
-dead and is removed by whoever finds it. Order is the repository's sequence, never a clock.
+A lease is a file in the repository's `leases` folder; its holder keeps an exclusive flock on it, which the kernel
+drops when the holder dies. A lease whose lock can be taken is dead and is removed by whoever finds it. It says up to
+which sequence its holder had replayed the history before its first look-up, and which generations it stands on: these
+are roots of liveness, also when they are forgotten meanwhile. Order is the repository's sequence, never a clock.
+
+The order that makes it safe: take the lease, then replay, then look whether the generations are still there, then look
+up the first chunk (`store.repository.Repository.lease`). Whoever prunes replays first and lists leases after that.
+So a holder that he does not see has replayed all that he has, and one that he sees is waited for, or its roots are
+marked. A lease may then advance to the sequence that was replayed. That appends a line, and the last whole line counts:
+a reader never sees half of a change, and at worst believes the older, lower sequence.
 """
 
 from __future__ import annotations
@@ -10,8 +17,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import socket
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +30,30 @@ import msgspec
 
 from base.errors import StorageError
 
+WRITER, READER = "writer", "reader"
+
+_NAME = re.compile(r"[0-9a-f]{16}")
+
 
 class LeaseFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Content of a lease file: who holds it, for what, since when, and the last sequence it had seen."""
+    """Content of a lease: who holds it, for what, since when; the last record it had seen before its first look-up;
+    the sequences of the generations that it stands on. Prune waits for writers, and for readers never."""
 
     sequence: int
     purpose: str
     pid: int
     host: str
     since: str
+    role: str = WRITER
+    generations: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """A lease that somebody holds. `name` is that of its file: no two are ever the same."""
+
+    name: str
+    facts: LeaseFacts
 
 
 @dataclass(slots=True)
@@ -45,6 +70,15 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    def advance(self, sequence: int) -> None:
+        """Say that all look-ups to come see record `sequence`, and that there have been none before it."""
+        if sequence > self.facts.sequence:
+            facts = msgspec.structs.replace(self.facts, sequence=sequence)
+            with suppress(OSError):  # a full disk: then the older one counts, and prune waits for longer
+                os.lseek(self._descriptor, 0, os.SEEK_END)
+                os.write(self._descriptor, _line(facts))
+                self.facts = facts
+
     def release(self) -> None:
         """Give it back."""
         if self._descriptor >= 0:
@@ -53,7 +87,9 @@ class Lease:
             self._descriptor = -1
 
 
-def take(folder: Path, sequence: int, purpose: str) -> Lease | None:
+def take(
+    folder: Path, sequence: int, purpose: str, *, role: str = READER, generations: Iterable[int] = ()
+) -> Lease | None:
     """Take a lease; None in a repository that cannot be written, where nothing can be taken away either.
 
     Raises StorageError. The file appears under its name already locked, so that no sweep mistakes it for dead.
@@ -64,6 +100,8 @@ def take(folder: Path, sequence: int, purpose: str) -> Lease | None:
         pid=os.getpid(),
         host=socket.gethostname(),
         since=datetime.now(UTC).isoformat(timespec="seconds"),
+        role=role,
+        generations=tuple(generations),
     )
     name = secrets.token_hex(8)
     temporary, final = folder / f".{name}", folder / name
@@ -71,7 +109,7 @@ def take(folder: Path, sequence: int, purpose: str) -> Lease | None:
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.write(descriptor, msgspec.json.encode(facts))
+        os.write(descriptor, _line(facts))
         temporary.rename(final)
     except OSError as error:
         if descriptor >= 0:
@@ -83,23 +121,45 @@ def take(folder: Path, sequence: int, purpose: str) -> Lease | None:
     return Lease(final, facts, descriptor)
 
 
-def held(folder: Path) -> list[LeaseFacts]:
-    """Leases that are alive; dead ones are removed on the way."""
+def held(folder: Path) -> list[HeldLease]:
+    """Leases that are alive; dead ones are removed on the way. Raises StorageError."""
     alive = []
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue  # being made
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                alive.append(msgspec.json.decode(os.pread(descriptor, 4096, 0), type=LeaseFacts))
-                continue
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+    path = folder
+    try:
+        for path in folder.iterdir():
+            if _NAME.fullmatch(path.name):  # else it is being made, or no lease
+                facts = _held(path)
+                if facts is not None:
+                    alive.append(HeldLease(path.name, facts))
+    except OSError as error:
+        raise StorageError.from_os(error, str(path), "read the lease") from error
     return alive
+
+
+def _held(path: Path) -> LeaseFacts | None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _read(descriptor)
+        path.unlink(missing_ok=True)
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> LeaseFacts:
+    """The last whole line; of a lease that cannot be read the worst is assumed."""
+    data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    for line in reversed(data.split(b"\n")[:-1]):
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(line, type=LeaseFacts)
+    return LeaseFacts(sequence=0, purpose="unreadable lease", pid=0, host="?", since="?")
+
+
+def _line(facts: LeaseFacts) -> bytes:
+    return msgspec.json.encode(facts) + b"\n"

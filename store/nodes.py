@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 NODE_BYTES = FANOUT * layout.ID_BYTES
 _NODES_PER_FRAME = 64
 
+LOOKS = 16
+"""Times that what was not found is looked up again; each time, others have moved it meanwhile."""
+
 
 class Reliance(Protocol):
     """Which packs deduplication may rely on; `store.repository.Repository`."""
@@ -35,6 +38,9 @@ class Reliance(Protocol):
 
     def note_missing(self, numbers: set[int]) -> bool:
         """Whether some of these packs are gone; they are avoided from now on."""
+
+    def refresh(self) -> None:
+        """Learn what others have done to the repository."""
 
 
 class StoredNodes:
@@ -47,11 +53,29 @@ class StoredNodes:
     def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Nodes (n, 32, 32) of the given ids (n, 32). Raises IntegrityError for one that is not there."""
         locations = self.locate(ids)
-        missing = np.flatnonzero(locations["pack"] == 0)
-        if len(missing):
-            chunk = bytes(ids[missing[0]]).hex()
-            raise IntegrityError("page map", f"a node of level {level} is in no pack", chunk=chunk)
-        return self.read(ids, locations)
+        for _ in range(LOOKS):
+            try:
+                missing = np.flatnonzero(locations["pack"] == 0)
+                if len(missing):
+                    chunk = bytes(ids[missing[0]]).hex()
+                    raise IntegrityError("page map", f"a node of level {level} is in no pack", chunk=chunk)
+                return self.read(ids, locations)
+            except IntegrityError as error:
+                failure = error
+                again = self.located_anew(ids, locations)
+                if again is None:
+                    raise
+                locations = again
+        raise failure
+
+    def located_anew(self, ids: NDArray[np.uint8], before: NDArray[np.void]) -> NDArray[np.void] | None:
+        """Locations (n,) after others' records were replayed; None if they are what they were.
+
+        For whoever misses a pack: prune may have moved what it held.
+        """
+        self._packs.refresh()
+        locations = self.locate(ids)
+        return None if np.array_equal(locations, before) else locations
 
     def locate(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
         """Locations (n,) of ids, pack 0 where there is none."""

@@ -9,9 +9,10 @@ which it stands under the id that the page map has. May be used by one thread at
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from base.progress import Progress, silent
 from base.workers import usable_cores
 from store import leases, pagemap
 from store.chunker import chunk_ids, read_extents
-from store.nodes import by_frame
+from store.nodes import LOOKS, by_frame
 from store.records import Generation, Region
 
 if TYPE_CHECKING:
@@ -34,12 +35,23 @@ _WINDOW = 1 << 18
 _VERIFY_BYTES = 4 << 20
 
 
+class _Use(Protocol):
+    """Takes chunks (m, chunk size) that stand at `members` (m,) of the ids asked for."""
+
+    def __call__(self, members: NDArray[np.intp], chunks: NDArray[np.uint8], /) -> None: ...
+
+
+_Job = tuple[int, int, NDArray[np.intp]]
+_Outcome = tuple[NDArray[np.intp], IntegrityError | None]
+_Run = Callable[[Callable[[_Job], _Outcome], list[_Job]], Iterable[_Outcome]]
+
+
 class GenerationReader:
     """One generation, open for reading; a context manager."""
 
     def __init__(self, repository: Repository, generation: Generation) -> None:
         self._repository, self.generation = repository, generation
-        self._lease = leases.take(repository.leases, repository.sequence, f"reader of {generation.name}")
+        self._lease = repository.lease(leases.READER, f"reader of {generation.name}", [generation])
 
     def __enter__(self) -> GenerationReader:
         return self
@@ -70,16 +82,12 @@ class GenerationReader:
         size, length, done = region.root.chunk_size, region.root.length, 0
         with ThreadPoolExecutor(usable_cores()) as threads:
             for numbers, ids in self._leaves(region):
-                locations = self._locate(ids)
 
-                def place(job: tuple[int, int, NDArray[np.intp]]) -> int:
-                    pack, frame, members = job
-                    chunks = self._repository.frames.chunks(pack, frame, locations["slot"][members], ids[members])  # noqa: B023  # used up in this turn
-                    _write_chunks(descriptor, numbers[members], chunks, length, path)  # noqa: B023
-                    return len(members) * size
+                def place(members: NDArray[np.intp], chunks: NDArray[np.uint8]) -> None:
+                    _write_chunks(descriptor, numbers[members], chunks, length, path)  # noqa: B023  # used up in this turn
 
-                for count in threads.map(place, by_frame(locations)):
-                    done += count
+                for count in self._each_frame(ids, place, threads.map):
+                    done += count * size
                     progress(f"restoring {region.name}", done, max(done, region.kept_bytes))
         return done
 
@@ -90,10 +98,12 @@ class GenerationReader:
         first, last = start // size, -(-end // size)
         out = np.zeros((last - first, size), np.uint8)
         for numbers, ids in pagemap.leaves(region.root, self._repository.nodes, first, last):
-            locations = self._locate(ids)
-            for pack, frame, members in by_frame(locations):
-                at = (numbers[members] - np.uint64(first)).astype(np.int64)
-                out[at] = self._repository.frames.chunks(pack, frame, locations["slot"][members], ids[members])
+
+            def place(members: NDArray[np.intp], chunks: NDArray[np.uint8]) -> None:
+                out[(numbers[members] - np.uint64(first)).astype(np.int64)] = chunks  # noqa: B023  # used up in this turn
+
+            for _ in self._each_frame(ids, place, map):
+                pass
         return out.reshape(-1)[start - first * size : end - first * size].tobytes()
 
     def stream(self, region: Region, piece: int = 4 << 20) -> Iterator[bytes]:
@@ -150,13 +160,49 @@ class GenerationReader:
             if len(numbers):
                 yield numbers, ids
 
-    def _locate(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
-        locations = self._repository.nodes.locate(ids)
-        missing = np.flatnonzero(locations["pack"] == 0)
-        if len(missing):
-            chunk = bytes(ids[missing[0]]).hex()
-            raise IntegrityError(f"generation {self.generation.name}", "needs a chunk that is in no pack", chunk=chunk)
-        return locations
+    def _each_frame(self, ids: NDArray[np.uint8], use: _Use, run: _Run) -> Iterator[int]:
+        """Open every frame that holds some of `ids` (n, 32) once; gives the number of chunks used, frame by frame.
+
+        `run` is `map` or a thread pool's. What was moved by others meanwhile is looked up again. Raises IntegrityError.
+        """
+        members, locations = np.arange(len(ids)), self._repository.nodes.locate(ids)
+        failure: IntegrityError | None = None
+        for _ in range(LOOKS):
+            work = partial(self._open, ids, members, locations, use)
+            missed, failure = [], None
+            for at, error in run(work, by_frame(locations)):
+                if error is None:
+                    yield len(at)
+                else:
+                    missed.append(at)
+                    failure = failure or error
+            if failure is None:
+                return
+            left = np.concatenate(missed)
+            again = self._repository.nodes.located_anew(ids[members[left]], locations[left])
+            if again is None:
+                break
+            members, locations = members[left], again
+        assert failure is not None
+        raise failure
+
+    def _open(
+        self, ids: NDArray[np.uint8], members: NDArray[np.intp], locations: NDArray[np.void], use: _Use, job: _Job
+    ) -> _Outcome:
+        """Use what of ids[members] is in one frame; gives which of `members` that are, and why they could not be."""
+        pack, frame, at = job
+        try:
+            if pack == 0:
+                raise self._lost(ids[members[at[0]]])
+            chunks = self._repository.frames.chunks(pack, frame, locations["slot"][at], ids[members[at]])
+        except IntegrityError as error:
+            return at, error
+        use(members[at], chunks)
+        return at, None
+
+    def _lost(self, chunk: NDArray[np.uint8]) -> IntegrityError:
+        name = f"generation {self.generation.name}"
+        return IntegrityError(name, "needs a chunk that is in no pack", chunk=bytes(chunk).hex())
 
 
 def _collect(

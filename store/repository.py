@@ -39,7 +39,7 @@ from base.extents import Extents
 from base.progress import Progress, silent
 from base.workers import WorkerPool
 from store import format as layout
-from store import pagemap
+from store import leases, pagemap
 from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
 from store.chunker import PackingSettings
 from store.environment import Environment, IndexLostError
@@ -49,6 +49,7 @@ from store.index import Index
 from store.keychain import read_key_files
 from store.keys import Keys
 from store.lanes import WorkerLanes
+from store.leases import Lease
 from store.nodes import StoredNodes
 from store.packs import FrameReader, PackInfo, read_pack
 from store.records import (
@@ -203,6 +204,7 @@ class Repository:
         while self.storage.exists(layout.record_name(sequence + 1)):
             with self.environment.write() as txn:
                 sequence = self._replay.forward(txn, progress, _REPLAY_AT_ONCE)
+        self.storage.close_deleted()
         self._remember()
 
     def vms(self) -> list[str]:
@@ -237,11 +239,21 @@ class Repository:
                 return self.catalog.generation(txn, vm, number) if number > 0 else self.catalog.latest(txn, vm, -number)
         raise UsageError(f"{point!r} is no point in time: write VM@7, VM@latest, VM@-1 or the beginning of an id")
 
-    def changed(self, a: Generation | None, b: Generation) -> dict[str, Extents]:
+    def changed(self, a: Generation | None, b: Generation, *, leased: bool = False) -> dict[str, Extents]:
         """Where two generations differ, in bytes by region; a region that one of them lacks counts as zero there.
 
-        Raises ConflictError where a region was kept in chunks of another size, IntegrityError.
+        `leased`: the caller holds a lease from before that keeps what both stand on. Raises ConflictError where a
+        region was kept in chunks of another size, NotFoundError, IntegrityError.
         """
+        both = [each for each in (a, b) if each is not None]
+        lease = None if leased else self.lease(leases.READER, f"difference to {b.name}", both)
+        try:
+            return self._changed(a, b)
+        finally:
+            if lease is not None:
+                lease.release()
+
+    def _changed(self, a: Generation | None, b: Generation) -> dict[str, Extents]:
         found: dict[str, Extents] = {}
         before = {} if a is None else a.regions
         for name in dict.fromkeys([*before, *b.regions]):
@@ -256,8 +268,37 @@ class Repository:
             found[name] = ranges.union(*(part * size for part in pagemap.diff(one, two, self.nodes, self.nodes)))
         return found
 
+    def lease(self, role: str, purpose: str, generations: Sequence[Generation] = ()) -> Lease | None:
+        """A lease on what is there now, from before the first look-up; None where nothing can be written.
+
+        `generations` are those that it stands on. Raises NotFoundError for one that was forgotten; what `refresh` does.
+        """
+        lease = leases.take(
+            self.leases, self.sequence, purpose, role=role, generations=[each.sequence for each in generations]
+        )
+        try:
+            self.refresh()
+            for each in generations:
+                if not self.has(each):
+                    raise NotFoundError(f"generation {each.name} was forgotten")
+            if lease is not None:
+                lease.advance(self.sequence)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        return lease
+
+    def has(self, generation: Generation) -> bool:
+        """Whether a generation is not forgotten, as far as this host has seen."""
+        with self.environment.read() as txn:
+            return self.catalog.has(txn, generation.id)
+
     def writer(self, vm: str, parent: Generation | None = None) -> GenerationWriter:
-        """Begin a generation of a VM, from its parent's content if one is given."""
+        """Begin a generation of a VM, from its parent's content if one is given.
+
+        Raises NotFoundError if the parent was forgotten; what `refresh` does.
+        """
         self.storage.remove_leftovers("packs")
         if not self._locked_out:
             try:

@@ -152,6 +152,10 @@ class LocalStorage:
             raise StorageError.from_os(error, str(self.root / folder), "list") from error
 
     def delete(self, name: str) -> None:
+        with self._lock:
+            descriptor = self._files.pop(name, -1) if self._pid == os.getpid() else -1
+        if descriptor >= 0:
+            os.close(descriptor)
         self.disk.unlink(self.root / name)
 
     def remove_leftovers(self, folder: str) -> int:
@@ -167,6 +171,14 @@ class LocalStorage:
                 finally:
                     os.close(descriptor)
         return count
+
+    def close_deleted(self) -> None:
+        """Close cached descriptors of objects that somebody has deleted: as long as one is open, it takes space."""
+        with self._lock:
+            if self._pid == os.getpid():
+                for name, descriptor in list(self._files.items()):
+                    if not os.fstat(descriptor).st_nlink:
+                        os.close(self._files.pop(name))
 
     def close(self) -> None:
         """Close cached descriptors."""

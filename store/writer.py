@@ -56,8 +56,7 @@ class GenerationWriter:
 
     def __init__(self, repository: Repository, vm: str, parent: Generation | None) -> None:
         self._repository, self._vm, self._parent = repository, vm, parent
-        sequence = repository.sequence
-        self._lease = leases.take(repository.leases, sequence, f"writer of VM {vm}")
+        self._lease = repository.lease(leases.WRITER, f"writer of VM {vm}", [parent] if parent else [])
         self._nodes = NodeWriter(repository.storage, repository.keys, repository.nodes, repository.settings.pack_bytes)
         self._local: LocalLane | None = None
         self._workers: Lanes | None = None
