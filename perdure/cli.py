@@ -122,6 +122,10 @@ def _repository_verbs(verb: _Verb) -> None:
     check = verb("check", "repository_commands:check", "verify the repository; changes nothing")
     check.add_argument("--read-data", action="store_true", help="read, open and hash everything that is stored")
     check.add_argument(
+        "--read-data-subset", metavar="n/t|P%",
+        help="only of some packs: part n of t (all t parts together are everything), or a random share",
+    )  # fmt: skip
+    check.add_argument(
         "--public-key", metavar="FILE", help="verify keyrings, signatures and history without a passphrase"
     )
 

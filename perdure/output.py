@@ -13,7 +13,7 @@ import msgspec
 from base.progress import Progress, silent
 from base.units import format_size
 
-_COUNTED_IN_ITEMS = "indexing records"
+_COUNTED_IN_ITEMS = ("indexing", "checking", "reading packs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class _Bars:
         if self._bar is None and time.monotonic() - self._began > 0.5 and done < total:
             from tqdm import tqdm  # 60 ms that short work need not pay
 
-            items = what == _COUNTED_IN_ITEMS
+            items = what.startswith(_COUNTED_IN_ITEMS)
             self._bar = tqdm(desc=what, total=total, unit="" if items else "B", unit_scale=not items, leave=False)
         if self._bar is not None:
             self._bar.total = total

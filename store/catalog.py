@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from base.errors import NotFoundError
 from store import format as layout
-from store.index import LOCATION, Index
+from store.index import Index
 from store.packs import PackEntry, PackInfo
 from store.records import (
     AttributesBody,
@@ -134,16 +134,10 @@ class Catalog:
         if len(doomed):  # a damaged one that is whole again, under another number
             doomed["pack"][doomed["pack_id"] == np.void(pack.header.pack_id)] = number
             self._put(txn, "meta", b"doomed", doomed.tobytes())
-        offsets = np.append(pack.footer.offsets, np.uint32(pack.frames_end)).astype("<u4")
-        value = layout.encode_pack_header(pack.header) + _PACK_SIZE.pack(pack.size) + offsets.tobytes()
+        value = layout.encode_pack_header(pack.header) + _PACK_SIZE.pack(pack.size) + pack.edges.astype("<u4").tobytes()
         self._put(txn, "packs", _NUMBER.pack(number), value + pack.footer.counts.astype("<u2").tobytes())
-        counts = pack.footer.counts.astype(np.int64)
-        locations = np.zeros(len(pack.footer.ids), LOCATION)
-        locations["pack"] = number
-        locations["frame"] = np.repeat(np.arange(len(counts)), counts)
-        locations["slot"] = np.arange(len(locations)) - np.repeat(np.cumsum(counts) - counts, counts)
-        if len(locations):
-            self._index.add(txn, pack.footer.ids, locations)
+        if len(pack.footer.ids):
+            self._index.add(txn, pack.footer.ids, pack.locations(number))
 
     def doomed(self, txn: lmdb.Transaction) -> NDArray[np.void]:
         """The packs that are about to be removed: DOOMED (n,), the caller's own."""
@@ -259,6 +253,11 @@ class Catalog:
         if vm is None:
             return []
         return [self._generation(txn, key, value) for key, value in self._scan(txn, "generations", vm[0])]
+
+    def generation_numbers(self, txn: lmdb.Transaction, name: str) -> list[int]:
+        """Numbers of a VM's generations, ascending: a few bytes each, where generations themselves may be many."""
+        vm = self.vm(txn, name)
+        return [] if vm is None else [int(_VM.unpack(key)[1]) for key, _ in self._scan(txn, "generations", vm[0])]
 
     def generation(self, txn: lmdb.Transaction, name: str, number: int) -> Generation:
         """One generation. Raises NotFoundError, which says whether it was forgotten or never was."""

@@ -1,46 +1,47 @@
 """Checking a repository: pure reading, typed findings.
 
 The structure: the files of key slots; every record's place in the chain, signature and seal; every pack's header,
-footer and length; every page map down to chunks that some pack holds. With `read_data`: every frame opened,
-decompressed and every chunk hashed. When something is damaged, all generations are walked to say which of them, and
-which regions, are hurt.
+footer and length; this host's index against them; every page map down to chunks that some pack holds. With data: every
+frame of the packs chosen opened, decompressed and every chunk hashed. All page maps are walked, each node once, to say
+which generations and regions are hurt. Memory follows the number of packs and nodes, never that of chunks.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from base.errors import IntegrityError
+from base.errors import FormatVersionError, IntegrityError, NotFoundError, UsageError
 from base.progress import Progress, silent
 from base.workers import usable_cores
 from store import format as layout
-from store import leases, pagemap
-from store.chunker import chunk_ids
-from store.format_keys import MAX_LEVEL, slot_name
+from store import leases
+from store.comparison import Comparison, misplaced
+from store.environment import IndexLostError
+from store.format_keys import slot_name
 from store.keychain import read_key_files
-from store.packs import PackInfo, open_frame, read_pack
-from store.records import Generation, Region, decode_record
+from store.parts import DamagedValueError
+from store.records import Generation, GenerationBody, Record, decode_record, generation_of
+from store.salvage import Examined, Problem, examine
 from store.slots import list_slots
-from store.storage import ObjectMissingError
+from store.survey import MAX_CAUSES, Survey, bits
 
 if TYPE_CHECKING:
-    from store.keys import Sealer
-    from store.repository import Repository
+    import lmdb
+    import numpy as np
+    from numpy.typing import NDArray
 
-_WINDOW = 1 << 18
+    from store.repository import Repository
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `kind`: repository, keyring, slot, record, pack, frame, node or chunk; `offset` in bytes
-    of `object`, None if it is about all of it; `generations` (vm@n) and `regions` that cannot be restored because of
-    it."""
+    """One thing that is wrong. `kind`: repository, keyring, slot, record, pack, frame, node, chunk or index; `offset`
+    in bytes of `object`, None if it is about all of it; `generations` (vm@n) and `regions` that cannot be restored
+    because of it."""
 
     kind: str
     object: str
@@ -56,64 +57,83 @@ class Report:
 
     findings: list[Finding] = field(default_factory=list)
     counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("generations", "packs", "chunks", "bytes"), 0)
+        default_factory=lambda: dict.fromkeys(
+            ("generations", "packs", "chunks", "bytes", "read_packs", "read_bytes"), 0
+        )
     )
 
 
-@dataclass(slots=True)
-class _Damage:
-    """A finding in the making: the chunks that are lost with it."""
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """Which packs are read: part `number` of `parts`, by their ids, so that all parts together are all packs; or with
+    `parts` 0 a random `percent` of them, at least one."""
 
-    kind: str
-    object: str
-    offset: int | None
-    problem: str
-    pack: int
-    frame: int | None
+    number: int = 0
+    parts: int = 0
+    percent: float = 100.0
+
+    @classmethod
+    def parse(cls, text: str) -> Subset:
+        """`n/t` or `P%`. Raises UsageError."""
+        try:
+            if text.endswith("%"):
+                subset = cls(percent=float(text[:-1]))
+                if 0 < subset.percent <= 100:
+                    return subset
+            else:
+                number, _, parts = text.partition("/")
+                subset = cls(int(number), int(parts))
+                if 1 <= subset.number <= subset.parts:
+                    return subset
+        except ValueError:
+            pass
+        raise UsageError(f"{text!r} is no part of the data: write n/t with n from 1 to t, or P% with P up to 100")
+
+    def choose(self, packs: list[bytes]) -> set[bytes]:
+        """Of these pack ids those to read."""
+        if self.parts:
+            return {each for each in packs if int.from_bytes(each[:8], "big") % self.parts == self.number - 1}
+        count = min(len(packs), max(1, round(len(packs) * self.percent / 100)))
+        return set(secrets.SystemRandom().sample(packs, count))
 
 
-def check_repository(repository: Repository, *, read_data: bool = False, progress: Progress = silent) -> Report:
-    """Verify everything; changes nothing. Raises StorageError only where the system refuses to read at all."""
+EVERYTHING = Subset()
+
+
+def check_repository(
+    repository: Repository, *, read_data: bool | Subset = False, progress: Progress = silent
+) -> Report:
+    """Verify everything; changes nothing. `read_data`: all packs, or those of a subset.
+
+    Raises StorageError only where the system refuses to read at all.
+    """
     repository.refresh()
-    with repository.environment.read() as txn:
-        last = repository.catalog.last(txn)[0]
-        numbers = repository.catalog.pack_numbers(txn)
-        generations = [each for vm in repository.catalog.vms(txn) for each in repository.catalog.generations(txn, vm)]
-    lease = leases.take(repository.leases, last, "check")
+    lease = leases.take(repository.leases, repository.sequence, "check")
     try:
-        return _Check(repository, read_data, progress).run(last, numbers, generations)
+        subset = (EVERYTHING if read_data else None) if isinstance(read_data, bool) else read_data
+        return _Check(repository, subset, progress).run()
     finally:
         if lease is not None:
             lease.release()
 
 
 class _Check:
-    def __init__(self, repository: Repository, read_data: bool, progress: Progress) -> None:
-        self._repository, self._read_data, self._progress = repository, read_data, progress
+    def __init__(self, repository: Repository, subset: Subset | None, progress: Progress) -> None:
+        self._repository, self._subset, self._progress = repository, subset, progress
         self._report = Report()
-        self._damage: list[_Damage] = []
+        self._damage: list[Finding] = []
+        self._by_place: dict[tuple[int, int | None], int] = {}
+        self._unindexed: list[int] = []
+        """Damage by which chunks are lost that this host never knew."""
+        self._bad: dict[int, frozenset[int] | None] = {}
+        self._comparison = Comparison()
 
-    def run(self, last: int, numbers: list[int], generations: list[Generation]) -> Report:
+    def run(self) -> Report:
         self._slots()
-        self._records(last)
-        self._packs(numbers)
-        broken = self._page_maps(generations)
-        hurt = self._hurt(generations) if self._damage else {}
-        for at, damage in enumerate(self._damage):
-            names = hurt.get(at, [])
-            self._report.findings.append(
-                Finding(
-                    damage.kind,
-                    damage.object,
-                    damage.offset,
-                    damage.problem,
-                    tuple(dict.fromkeys(name for name, _ in names)),
-                    tuple(dict.fromkeys(region for _, region in names)),
-                )
-            )
-        known = {(each.object, each.offset) for each in self._report.findings}
-        self._report.findings += [each for each in broken if (each.object, each.offset) not in known]
-        self._report.counts["generations"] = len(generations)
+        self._records()
+        self._packs()
+        self._index()
+        self._generations()
         return self._report
 
     def _slots(self) -> None:
@@ -124,158 +144,181 @@ class _Check:
                 problem = info.problem.removeprefix(f"{name}: ")
                 self._report.findings.append(Finding("slot", name, None, problem, (), ()))
 
-    def _records(self, last: int) -> None:
+    def _records(self) -> None:
         previous: bytes | None = layout.ZERO_ID
         epoch = 0
+        last = self._repository.sequence
         for sequence in range(1, last + 1):
             name = layout.record_name(sequence)
             try:
                 data = self._repository.storage.get(name)
                 record = decode_record(self._repository.keys, data, sequence, previous, epoch)
                 previous, epoch = record.id, record.header.epoch
+                self._cached(name, record)
             except IntegrityError as error:
                 previous = None  # the next one's link cannot be held against it
                 self._report.findings.append(Finding("record", name, error.offset, error.problem, (), ()))
+            except FormatVersionError as error:
+                previous = None
+                problem = str(error).removeprefix(f"{name}: ")
+                self._report.findings.append(Finding("record", name, None, problem, (), ()))
             self._progress("checking records", sequence, last)
 
-    def _packs(self, numbers: list[int]) -> None:
-        with ThreadPoolExecutor(usable_cores()) as threads:
-            for at, number in enumerate(numbers):
-                entry = self._repository.catalog.pack(number)
-                name = layout.pack_name(entry.header.pack_id)
-                pack: PackInfo | None = None
-                try:
-                    pack = read_pack(self._repository.storage, self._repository.keys, entry.header.pack_id)
-                except IntegrityError as error:
-                    self._damage.append(_Damage("pack", name, error.offset, error.problem, number, None))
-                    if isinstance(error, ObjectMissingError) or not self._read_data:
-                        continue  # else its frames may be whole all the same
-                else:
-                    if not np.array_equal(pack.footer.offsets, entry.offsets[:-1]):
-                        self._damage.append(
-                            _Damage("pack", name, None, "is not the pack that was indexed", number, None)
-                        )
-                        continue
-                    self._report.counts["packs"] += 1
-                    self._report.counts["chunks"] += len(pack.footer.ids)
-                    self._report.counts["bytes"] += pack.size
-                if self._read_data:
-                    self._frames(number, pack, threads)
-                self._progress("checking packs", at + 1, len(numbers))
-
-    def _frames(self, number: int, pack: PackInfo | None, threads: ThreadPoolExecutor) -> None:
-        """Open and hash every frame of a pack, by what the index knows of its places."""
+    def _cached(self, name: str, record: Record) -> None:
+        """What this host has copied of a generation's record is what the record says."""
+        if not isinstance(record.body, GenerationBody):
+            return
         repository = self._repository
-        entry = repository.catalog.pack(number)
-        header, name = entry.header, layout.pack_name(entry.header.pack_id)
-        sealer = repository.keys.sealer(header.kind, header.pack_id, header.epoch, header.salt)
-        starts = np.cumsum(pack.footer.counts) - pack.footer.counts if pack is not None else None
+        try:
+            with repository.environment.read() as txn:
+                known = repository.catalog.generation(txn, record.body.vm, record.header.number)
+        except NotFoundError:  # forgotten
+            return
+        real = generation_of(record.header, record.body, record.id)
+        if known.vm_id == real.vm_id and _bare(known) != real:
+            self._found_in_index(f"does not say of generation {real.name} what its record {name} says")
 
-        def verify(frame: int) -> IntegrityError | None:
-            offset, end = int(entry.offsets[frame]), int(entry.offsets[frame + 1])
-            try:
-                ids = self._verify_frame(sealer, header.kind, frame, name, offset, end)
-                if pack is not None and starts is not None:
-                    start = int(starts[frame])
-                    if not np.array_equal(ids, pack.footer.ids[start : start + int(pack.footer.counts[frame])]):
-                        raise IntegrityError(
-                            name, f"frame {frame} holds other chunks than its footer says", offset=offset
-                        )
-            except IntegrityError as error:
-                return error
-            return None
+    def _packs(self) -> None:
+        repository = self._repository
+        with repository.environment.read() as txn:
+            numbers = repository.catalog.pack_numbers(txn)
+            lost = [bytes.fromhex(each.pack_id) for each in repository.catalog.damaged(txn)]
+            ids = [repository.catalog.pack(number).header.pack_id for number in numbers]
+            places = list(zip(numbers, ids, strict=True))
+            places += [(0, each) for each in lost if not repository.catalog.pack_number(txn, each)]
+        chosen = set() if self._subset is None else self._subset.choose([each for _, each in places])
+        what = "checking packs" if self._subset is None else "reading packs"
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            for at, (number, pack_id) in enumerate(places):
+                self._pack(number, pack_id, threads if pack_id in chosen else None)
+                self._progress(what, at + 1, len(places))
 
-        for frame, error in enumerate(threads.map(verify, range(len(entry.offsets) - 1))):
-            if error is not None:
-                self._damage.append(_Damage("frame", name, error.offset, error.problem, number, frame))
-
-    def _verify_frame(
-        self, sealer: Sealer, kind: int, frame: int, name: str, offset: int, end: int
-    ) -> NDArray[np.uint8]:
-        data = self._repository.storage.get_range(name, offset, end - offset)
-        if len(data) < 4 or layout.FRAME_LENGTH.unpack_from(data)[0] != len(data) - 4:
-            raise IntegrityError(name, f"frame {frame} is truncated or its length is damaged", offset=offset)
-        ids, chunks = open_frame(sealer, frame, memoryview(data)[4:], name, offset)
-        keys = self._repository.keys
-        if kind == layout.PACK_DATA:
-            good = np.array_equal(chunk_ids(chunks, keys.id_key("chunk")), ids)
+    def _pack(self, number: int, pack_id: bytes, threads: ThreadPoolExecutor | None) -> None:
+        repository = self._repository
+        entry = repository.catalog.pack(number) if number else None
+        try:
+            found = examine(repository.storage, repository.keys, pack_id, entry, threads)
+        except FormatVersionError as error:
+            found = Examined(pack_id, None, (Problem(None, None, str(error)),))
+        if found.missing and self._was_removed(pack_id):
+            return
+        name = layout.pack_name(pack_id)
+        for problem in found.problems:
+            if number:
+                self._by_place[number, problem.frame] = len(self._damage)
+            kind = "pack" if problem.frame is None else "frame"
+            self._damage.append(Finding(kind, name, problem.offset, problem.text, (), ()))
+        if found.problems and not number:
+            self._unindexed.append(len(self._damage) - 1)
+        if found.info is None:
+            self._bad[number] = None
+        elif found.lost_frames:
+            self._bad[number] = found.lost_frames
+        if found.info is None or found.problems:
+            return
+        edges = found.info.edges
+        if entry is not None and not (len(edges) == len(entry.offsets) and bool((edges == entry.offsets).all())):
+            self._found_in_index(f"says of {name} that its frames are where they are not")
         else:
-            nodes = chunks.reshape(len(ids), -1)
-            by_level = (chunk_ids(nodes, keys.id_key("node", level)) == ids for level in range(1, MAX_LEVEL + 1))
-            good = bool(np.any([each.all(axis=1) for each in by_level], axis=0).all())
-        if not good:
-            raise IntegrityError(name, f"frame {frame} holds a chunk that is not what its id says", offset=offset)
-        return ids
+            self._comparison.add(number, found.info)
+        counts = self._report.counts
+        counts["packs"] += 1
+        counts["chunks"] += len(found.info.footer.ids)
+        counts["bytes"] += found.info.size
+        counts["read_packs"] += threads is not None
+        counts["read_bytes"] += found.info.size if threads is not None else 0
 
-    def _page_maps(self, generations: list[Generation]) -> list[Finding]:
-        """Every node there and every chunk in some pack. Nodes shared between generations are looked at once."""
-        findings = []
-        seen: set[bytes] = set()
-        for at, generation in enumerate(generations):
+    def _was_removed(self, pack_id: bytes) -> bool:
+        """Whether a pack that is gone is no longer part of the repository."""
+        repository = self._repository
+        repository.refresh()
+        with repository.environment.read() as txn:
+            noted = any(each.pack_id == pack_id.hex() for each in repository.catalog.damaged(txn))
+            return not noted and not repository.catalog.pack_number(txn, pack_id)
+
+    def _index(self) -> None:
+        """The index is a copy: whatever is wrong with it, indexing anew makes it right."""
+        repository = self._repository
+        self._progress("checking the index", 0, 1)
+        try:
+            with repository.environment.read() as txn:
+                for problem in repository.index.check(txn):
+                    self._found_in_index(problem)
+                for each in self._comparison.run(repository.index, txn, set(repository.catalog.pack_numbers(txn))):
+                    self._found_in_index(self._explained(txn, each.pack, each.text))
+        except DamagedValueError as error:
+            self._found_in_index(str(error))
+        except IndexLostError as error:
+            self._found_in_index(error.problem)
+        self._progress("checking the index", 1, 1)
+
+    def _explained(self, txn: lmdb.Transaction, number: int, text: str) -> str:
+        repository = self._repository
+        try:
+            pack_id = repository.catalog.pack(number).header.pack_id
+            found = examine(repository.storage, repository.keys, pack_id)
+        except IntegrityError:
+            return f"{text} (number {number})"
+        wrong = None if found.info is None else misplaced(repository.index, txn, number, found.info)
+        example = ""
+        if wrong is not None:
+            example = f": chunk {wrong[0].hex()[:16]} is said to be in frame {wrong[1]}, slot {wrong[2]}, and is not"
+        return f"{text} ({layout.pack_name(pack_id)}){example}"
+
+    def _found_in_index(self, problem: str) -> None:
+        self._report.findings.append(Finding("index", str(self._repository.environment.path), None, problem, (), ()))
+
+    def _generations(self) -> None:
+        """Walk all page maps, and say whom each damage hurts."""
+        survey = Survey(self._repository, self._bad, self._cause)
+        names = list(self._names())
+        hurt: dict[int, list[tuple[str, str]]] = {}
+        for at, (vm, number) in enumerate(names):
+            try:
+                with self._repository.environment.read() as txn:
+                    generation = self._repository.catalog.generation(txn, vm, number)
+            except NotFoundError:  # forgotten meanwhile
+                continue
             for region in generation.regions.values():
                 try:
-                    self._walk(region, seen)
-                except IntegrityError as error:
-                    problem = error.problem + ("" if error.chunk is None else f" (chunk {error.chunk[:16]})")
-                    kind = "node" if error.object == "page map" else "chunk"
-                    findings.append(
-                        Finding(kind, error.object, error.offset, problem, (generation.name,), (region.name,))
-                    )
-            self._progress("checking page maps", at + 1, len(generations))
-        return findings
+                    for cause in bits(survey.region(region)):
+                        hurt.setdefault(cause, []).append((generation.name, region.name))
+                except IndexLostError as error:
+                    self._found_in_index(error.problem)
+                    return
+            self._report.counts["generations"] += 1
+            self._progress("checking generations", at + 1, len(names))
+        for at, damage in enumerate(self._damage):
+            generations = tuple(dict.fromkeys(name for name, _ in hurt.get(at, [])))
+            regions = tuple(dict.fromkeys(region for _, region in hurt.get(at, [])))
+            self._report.findings.append(replace(damage, generations=generations, regions=regions))
 
-    def _walk(self, region: Region, seen: set[bytes]) -> None:
-        nodes = self._repository.nodes
+    def _names(self) -> Iterator[tuple[str, int]]:
+        catalog, environment = self._repository.catalog, self._repository.environment
+        for vm in self._repository.vms():
+            with environment.read() as txn:
+                numbers = catalog.generation_numbers(txn, vm)
+            yield from ((vm, number) for number in numbers)
 
-        def fresh(ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
-            names = [bytes(each) for each in ids]
-            new = np.array([each not in seen for each in names], np.bool_)
-            seen.update(names)
-            return new
+    def _cause(self, level: int, pack: int, frame: int, error: IntegrityError | None, ids: NDArray[np.uint8]) -> int:
+        if pack == 0 and len(self._unindexed) == 1:
+            return min(self._unindexed[0], MAX_CAUSES - 1)  # there is nothing else that it can have been in
+        place = (pack, frame) if pack else (0, -min(level, 1))
+        at = self._by_place.get(place, self._by_place.get((pack, None)) if pack else None)
+        if at is None:
+            at = self._by_place[place] = len(self._damage)
+            self._damage.append(self._described(level, error, bytes(ids[0]).hex()))
+        return min(at, MAX_CAUSES - 1)
 
-        for level, ids in pagemap.nodes(region.root, nodes, fresh):
-            if level == 1:
-                children = nodes.fetch(1, ids).reshape(-1, layout.ID_BYTES)
-                self._require(children[children.any(axis=1)])
-        if region.root.height == 0 and region.root.id != layout.ZERO_ID:
-            self._require(np.frombuffer(region.root.id, np.uint8).reshape(1, -1))
+    @staticmethod
+    def _described(level: int, error: IntegrityError | None, chunk: str) -> Finding:
+        if error is not None:
+            return Finding("frame", error.object, error.offset, error.problem, (), ())
+        if level:
+            return Finding("node", "page map", None, f"node {chunk[:16]} is in no pack, and perhaps others", (), ())
+        return Finding("chunk", "chunk", None, f"{chunk[:16]} is in no pack, and perhaps others", (), ())
 
-    def _require(self, ids: NDArray[np.uint8]) -> None:
-        missing = np.flatnonzero(self._repository.nodes.locate(ids)["pack"] == 0)
-        if len(missing):
-            raise IntegrityError("chunk", "is in no pack", chunk=bytes(ids[missing[0]]).hex())
 
-    def _hurt(self, generations: list[Generation]) -> dict[int, list[tuple[str, str]]]:
-        """For each damage, the (generation, region) pairs that need a chunk lost with it and found nowhere else."""
-        bad = {(each.pack, each.frame): at for at, each in enumerate(self._damage)}
-        packs = np.array(sorted({pack for pack, _ in bad}), np.uint32)
-        hurt: dict[int, list[tuple[str, str]]] = {}
-        for generation in generations:
-            for region in generation.regions.values():
-                for at in self._needed(region, bad, packs):
-                    hurt.setdefault(at, []).append((generation.name, region.name))
-        return hurt
-
-    def _needed(self, region: Region, bad: dict[tuple[int, int | None], int], packs: NDArray[np.uint32]) -> set[int]:
-        found: set[int] = set()
-        try:
-            for ids in self._all_ids(region):
-                locations = self._repository.nodes.locate(ids)
-                touched = np.isin(locations["pack"], packs)
-                places = np.unique(locations[["pack", "frame"]][touched])
-                for pack, frame in places.tolist():
-                    found |= {bad[key] for key in ((pack, frame), (pack, None)) if key in bad}
-        except IntegrityError as error:  # a node is unreadable: that damage hurts this region
-            found |= {
-                at
-                for at, each in enumerate(self._damage)
-                if each.object == error.object and each.offset in (None, error.offset)
-            }
-        return found
-
-    def _all_ids(self, region: Region) -> Iterator[NDArray[np.uint8]]:
-        for _, ids in pagemap.nodes(region.root, self._repository.nodes):
-            yield ids
-        limit = -(-region.root.length // region.root.chunk_size)
-        for _, ids in pagemap.leaves(region.root, self._repository.nodes, 0, limit):
-            yield ids
+def _bare(generation: Generation) -> Generation:
+    """Without what later records say of it."""
+    return replace(generation, protected=False)

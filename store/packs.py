@@ -22,6 +22,7 @@ from base.errors import IntegrityError
 from store import format as layout
 from store.format_keys import SEAL_OVERHEAD
 from store.keys import Sealer
+from store.runs import LOCATION
 from store.storage import PendingObject, Storage
 
 _WRITE_BUFFER = 1 << 20
@@ -52,6 +53,20 @@ class PackInfo:
     def name(self) -> str:
         """Its storage name."""
         return layout.pack_name(self.header.pack_id)
+
+    def locations(self, number: int) -> NDArray[np.void]:
+        """Where its chunks are, LOCATION (c,), in the order of the footer, if this host numbers it so."""
+        counts = self.footer.counts.astype(np.int64)
+        locations = np.zeros(len(self.footer.ids), LOCATION)
+        locations["pack"] = number
+        locations["frame"] = np.repeat(np.arange(len(counts)), counts)
+        locations["slot"] = np.arange(len(locations)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return locations
+
+    @property
+    def edges(self) -> NDArray[np.uint32]:
+        """Where frames begin, and the last one ends: uint32 (frames + 1,)."""
+        return np.append(self.footer.offsets, np.uint32(self.frames_end))
 
     @property
     def frames_end(self) -> int:
