@@ -7,11 +7,15 @@ between threads and to inherit over fork.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 from pathlib import Path
 
 from base.errors import StorageError
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class Disk:
@@ -46,6 +50,14 @@ class Disk:
             os.fsync(descriptor)
         except OSError as error:
             raise StorageError.from_os(error, str(path), "fsync") from error
+
+    def hasten(self, descriptor: int, offset: int, length: int) -> None:
+        """Have the kernel begin to write a range to the disk, without waiting: a hint that makes nothing durable.
+
+        Source: sync_file_range(2). Does nothing where the C library has no such call.
+        """
+        if _sync_file_range is not None:
+            _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
     def fsync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""

@@ -152,7 +152,7 @@ class _ChunkerService:
     def handle(self, what: str, arguments: tuple[Any, ...]) -> None:
         if what == "begin":
             storage, material, settings = arguments
-            self._chunker = Chunker(storage, DataKeys.from_worker_material(material), settings)
+            self._chunker = Chunker(storage, DataKeys.from_worker_material(material), settings, background=True)
         elif what == "open":
             self._chunk_size = arguments[0]
             self._descriptor = receive_descriptor(self._pipe)

@@ -177,12 +177,19 @@ class Compressor:
         packed = self._compress(data)
         if len(packed) > len(data) * 15 // 16:
             return layout.CODEC_RAW, data
-        again = np.frombuffer(self._decompress(packed, max_output_size=len(data)), np.uint8)
-        if not np.array_equal(again, np.frombuffer(data, np.uint8)):  # a memoryview compares five times slower
+        if not _equal(self._decompress(packed, max_output_size=len(data)), data):
             raise IntegrityError(
                 "zstd", "what was compressed does not decompress to itself: faulty memory or processor"
             )
         return layout.CODEC_ZSTD, packed
+
+
+def _equal(a: bytes, b: memoryview) -> bool:
+    """Whether two buffers hold the same bytes; as words, since a memoryview compares twenty times slower."""
+    if len(a) != len(b):
+        return False
+    kind = np.uint64 if len(a) % 8 == 0 else np.uint8
+    return not np.not_equal(np.frombuffer(a, kind), np.frombuffer(b, kind)).any()
 
 
 def open_frame(

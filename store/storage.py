@@ -27,6 +27,8 @@ from base.errors import IntegrityError, StorageError
 
 _TEMPORARY = ".writing-"
 _OPEN_FILES = 64
+_HASTEN_BYTES = 1 << 20
+"""Writes from this size on are sent on their way to the disk at once: the fsync at the end then waits for little."""
 
 
 class ObjectMissingError(IntegrityError):
@@ -244,7 +246,10 @@ class _Pending:
         self.abandon()
 
     def write(self, buffers: list[bytes]) -> None:
-        self.size += self._disk.write(self._descriptor, buffers, self._path)
+        count = self._disk.write(self._descriptor, buffers, self._path)
+        if count >= _HASTEN_BYTES:
+            self._disk.hasten(self._descriptor, self.size, count)
+        self.size += count
 
     def read_back(self, offset: int, length: int) -> bytes:
         return _pread(self._descriptor, offset, length)

@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from store.records import Generation, UncertainCommitError
 if TYPE_CHECKING:
     from store.repository import Repository
 
+_ID = np.dtype((np.void, layout.ID_BYTES))
 _BATCH_BYTES = 4 << 20
 _WINDOW = 1 << 18
 """Changed chunks after which a page map is brought up to date: bounds memory (40 bytes each)."""
@@ -187,12 +188,9 @@ class GenerationWriter:
         known = locations["pack"] != 0
         self._hit_packs.update(np.unique(locations["pack"][known]).tolist())
         candidates = live[~known]
-        names = ids[candidates].tobytes()
-        for at, start in zip(candidates.tolist(), range(0, len(names), layout.ID_BYTES), strict=True):
-            name = names[start : start + layout.ID_BYTES]
-            if name not in self._new:
-                self._new.add(name)
-                wanted[at] = True
+        seen, add = self._new, self._new.add
+        names = cast("list[bytes]", np.ascontiguousarray(ids[candidates]).view(_ID).reshape(-1).tolist())
+        wanted[candidates] = [name not in seen and not add(name) for name in names]
         return wanted
 
     def before(self, root: pagemap.Root) -> _Before:
