@@ -107,8 +107,7 @@ def check_repository(
 
     Raises StorageError only where the system refuses to read at all.
     """
-    repository.refresh()
-    lease = leases.take(repository.leases, repository.sequence, "check")
+    lease = repository.lease(leases.READER, "check", [])
     try:
         subset = (EVERYTHING if read_data else None) if isinstance(read_data, bool) else read_data
         return _Check(repository, subset, progress).run()
@@ -279,18 +278,23 @@ class _Check:
                     generation = self._repository.catalog.generation(txn, vm, number)
             except NotFoundError:  # forgotten meanwhile
                 continue
-            for region in generation.regions.values():
-                try:
-                    for cause in bits(survey.region(region)):
-                        hurt.setdefault(cause, []).append((generation.name, region.name))
-                except IndexLostError as error:
-                    self._found_in_index(error.problem)
-                    return
+            try:
+                causes = {region.name: survey.region(region) for region in generation.regions.values()}
+            except IndexLostError as error:
+                self._found_in_index(error.problem)
+                return
+            if any(causes.values()) and not self._repository.has(generation):
+                continue
+            for name, found in causes.items():
+                for cause in bits(found):
+                    hurt.setdefault(cause, []).append((generation.name, name))
             self._report.counts["generations"] += 1
             self._progress("checking generations", at + 1, len(names))
         for at, damage in enumerate(self._damage):
             generations = tuple(dict.fromkeys(name for name, _ in hurt.get(at, [])))
             regions = tuple(dict.fromkeys(region for _, region in hurt.get(at, [])))
+            if damage.kind in ("chunk", "node") and not generations:
+                continue  # of a generation that was forgotten while this went on
             self._report.findings.append(replace(damage, generations=generations, regions=regions))
 
     def _names(self) -> Iterator[tuple[str, int]]:

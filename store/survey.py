@@ -57,6 +57,7 @@ class Survey:
         self._sets: list[int] = [0, 0]  # by number of a set: its causes as bits; 0 is unseen, 1 is whole
         self._numbers: dict[int, int] = {0: _WHOLE}
         self._visited: dict[int, NDArray[np.uint16]] = {}
+        self._sequence = repository.sequence
 
     def region(self, region: Region) -> int:
         """Causes that hurt it, as bits; 0: all of it can be restored. Raises StorageError, IndexLostError."""
@@ -112,6 +113,9 @@ class Survey:
             try:
                 content[at] = self._repository.nodes.read(ids[at], locations[at])
             except IntegrityError as error:
+                if self._moved():  # prune has put it elsewhere
+                    found[at] = self._batch(level, ids[at])
+                    continue
                 frames = self._bad.setdefault(pack, set())
                 if frames is not None:
                     frames.add(frame)
@@ -126,6 +130,25 @@ class Survey:
 
     def _located(self, level: int, ids: NDArray[np.uint8]) -> tuple[NDArray[np.void], NDArray[np.uint16]]:
         """(locations outside what is bad, pack 0 where there is none; sets: causes where lost, else unseen)."""
+        while True:
+            locations, found, lost = self._looked_up(level, ids)
+            if not len(lost):
+                break
+            if not self._moved():
+                self._tell(level, ids[lost])
+                break
+        return locations, found
+
+    def _moved(self) -> bool:
+        """Whether others have changed the repository since this was last asked: what is missing may be elsewhere."""
+        self._repository.refresh()
+        before, self._sequence = self._sequence, self._repository.sequence
+        return before != self._sequence
+
+    def _looked_up(
+        self, level: int, ids: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.void], NDArray[np.uint16], NDArray[np.intp]]:
+        """Also: which are lost."""
         index = self._repository.index
         found = np.zeros(len(ids), np.uint16)
         skip = np.array(sorted(self._bad), np.uint32)
@@ -133,16 +156,13 @@ class Survey:
             locations = index.lookup(txn, ids, skip)
             missing = np.flatnonzero(locations["pack"] == 0)
             if not len(missing):
-                return locations, found
+                return locations, found, missing
             if len(skip):
                 self._look_in_bad(txn, level, ids, missing, locations, found)
         nowhere = missing[(locations["pack"][missing] == 0) & (found[missing] == 0)]
         if len(nowhere):
             found[nowhere] = self._number(1 << self._cause(level, 0, 0, None, ids[nowhere]))
-        lost = missing[locations["pack"][missing] == 0]
-        if len(lost):
-            self._tell(level, ids[lost])
-        return locations, found
+        return locations, found, missing[locations["pack"][missing] == 0]
 
     def _look_in_bad(
         self,
