@@ -23,7 +23,7 @@ from base.extents import Extents
 from base.workers import WorkerPool, receive_descriptor
 from store.chunker import Chunker, ChunkKeys, PackingSettings
 from store.keys import DataKeys
-from store.packs import PackInfo
+from store.packs import PackInfo, delete_packs
 from store.storage import Storage
 
 _DEPTH = 3
@@ -77,7 +77,8 @@ class WorkerLanes:
     """One chunker in each process of a pool made with `serve_chunker`."""
 
     def __init__(self, pool: WorkerPool, storage: Storage, keys: bytes, settings: PackingSettings) -> None:
-        self._pool = pool
+        self._pool, self._storage = pool, storage
+        self._finished: list[PackInfo] = []
         pool.ready()
         for worker in range(len(pool)):
             pool.send(worker, ("begin", storage, keys, settings))
@@ -120,20 +121,28 @@ class WorkerLanes:
     def finish(self) -> list[PackInfo]:
         for worker in range(len(self._pool)):
             self._pool.send(worker, ("finish",))
-        return [pack for worker in range(len(self._pool)) for pack in self._pool.receive_from(worker)]
+        for worker in range(len(self._pool)):
+            self._finished += self._pool.receive_from(worker)
+        done, self._finished = self._finished, []
+        return done
 
     def abandon(self) -> None:
         for worker in range(len(self._pool)):
             with suppress(WorkerError):  # a dead worker has nothing left to drop
                 self._pool.send(worker, ("abandon",))
                 self._drain(worker)
+        done, self._finished = self._finished, []
+        delete_packs(self._storage, done)
 
     def _drain(self, worker: int) -> None:
-        """Pass over answers and errors that nobody waits for any more."""
+        """Pass over answers and errors that nobody waits for any more; packs that it has finished are to be dropped."""
         while True:
             try:
-                if self._pool.receive_from(worker) == "abandoned":
+                answer = self._pool.receive_from(worker)
+                if answer == "abandoned":
                     return
+                if isinstance(answer, list):
+                    self._finished += answer
             except WorkerError:
                 raise
             except PerdureError:

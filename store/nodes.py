@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from base.errors import IntegrityError
 from store import format as layout
 from store.index import LOCATION, Index
-from store.packs import FrameReader, PackInfo, PackWriter, SealingKeys
+from store.packs import FrameReader, PackInfo, PackWriter, SealingKeys, delete_packs
 from store.pagemap import FANOUT
 from store.storage import Storage
 
@@ -114,6 +114,7 @@ class NodeWriter:
     def __init__(self, storage: Storage, keys: SealingKeys, stored: StoredNodes, pack_bytes: int) -> None:
         self._storage, self._keys, self._stored, self._pack_bytes = storage, keys, stored, pack_bytes
         self._open: list[PackWriter] = []
+        self._done: list[PackInfo] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
         self._waiting: dict[bytes, bytes] = {}
         self.hit_packs: set[int] = set()
@@ -151,15 +152,17 @@ class NodeWriter:
     def finish(self) -> list[PackInfo]:
         """Publish the packs of nodes."""
         self._emit()
-        done = [pack.close() for pack in self._open]
-        self._open = []
+        while self._open:
+            self._done.append(self._open.pop(0).close())
+        done, self._done = self._done, []
         return done
 
     def abandon(self) -> None:
-        """Drop what is not published."""
+        """Drop everything, packs that are published and that `finish` has not given away included."""
         for pack in self._open:
             pack.abandon()
-        self._open = []
+        done, self._open, self._done = self._done, [], []
+        delete_packs(self._storage, done)
 
     def _emit(self) -> None:
         if not self._waiting:

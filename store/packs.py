@@ -11,6 +11,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +20,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from base.errors import IntegrityError
+from base.errors import IntegrityError, StorageError
 from store import format as layout
 from store.format_keys import SEAL_OVERHEAD
 from store.keys import Sealer
@@ -75,6 +77,13 @@ class PackInfo:
             return self.end
         footer = layout.FOOTER_HEADER.size + 6 * len(self.footer.offsets) + layout.ID_BYTES * len(self.footer.ids)
         return self.size - layout.PACK_TRAILER.size - footer - SEAL_OVERHEAD
+
+
+def delete_packs(storage: Storage, packs: Iterable[PackInfo]) -> None:
+    """Take away packs that are visible and that no record will name. Where that fails they are garbage, no more."""
+    for pack in packs:
+        with suppress(StorageError):
+            storage.delete(pack.name)
 
 
 class PackWriter:

@@ -255,7 +255,15 @@ class _Pending:
         return _pread(self._descriptor, offset, length)
 
     def publish(self) -> None:
-        if not self.link():
+        own = os.fstat(self._descriptor).st_ino
+        try:
+            done = self.link()
+        except BaseException:
+            with suppress(OSError):  # it may have happened although the answer was an error
+                if self._final.lstat().st_ino == own:
+                    self._final.unlink()
+            raise
+        if not done:
             raise StorageError(str(self._final), "exists already", errno=errno.EEXIST)
 
     def link(self) -> bool:

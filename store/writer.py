@@ -24,7 +24,7 @@ from store import format as layout
 from store import leases, pagemap
 from store.lanes import Batch, Lanes, LocalLane
 from store.nodes import NodeWriter
-from store.packs import PackInfo
+from store.packs import PackInfo, delete_packs
 from store.records import Generation, UncertainCommitError
 
 if TYPE_CHECKING:
@@ -153,8 +153,7 @@ class GenerationWriter:
             for lane in (self._workers, self._local, self._nodes):
                 if lane is not None:
                     lane.abandon()
-            for pack in self._published:
-                self._repository.storage.delete(pack.name)
+            delete_packs(self._repository.storage, self._published)
             if self._workers is not None:
                 self._repository.storage.remove_leftovers("packs")  # of workers that died
         finally:

@@ -26,10 +26,16 @@ def _keyring():
 class Place:
     """A repository and this host's state for it, in one temporary folder."""
 
-    def __init__(self, root: Path, settings: PackingSettings) -> None:
+    def __init__(self, root: Path, settings: PackingSettings | None) -> None:
         self.root, self.path, self.state = root, root / "repository", root / "state"
-        made = _keyring()
-        create(self.path, made.files, made.keys, settings)
+        if settings is not None:
+            made = _keyring()
+            create(self.path, made.files, made.keys, settings)
+
+    @classmethod
+    def at(cls, root: Path) -> "Place":
+        """One that is there already."""
+        return cls(root, None)
 
     def open(self, **options) -> Repository:
         """As another process on this host would open it."""

@@ -19,15 +19,16 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from blake3 import blake3
 
 from base.disk import Disk
 from store import examination
+from store.catalog import INDEX_FOLDER
 
-INDEX = PurePosixPath("state/index-1/index.lmdb")
+INDEX = PurePosixPath("state") / INDEX_FOLDER / "index.lmdb"
 ENUMERATED = 5
 """Up to so many changes of names that are not durable, all subsets of them are tried."""
 SAMPLED = 24
@@ -311,17 +312,16 @@ def crash_images(recorder: Recorder, seed: int = 0) -> Iterator[Image]:
 
 
 def distinct(images: Iterator[Image]) -> tuple[int, list[Image]]:
-    """(how many there are, one of each kind: with most of what must be there, where they differ in that)."""
+    """(how many there are, one of each kind: with most of what must be there, where they differ in that).
+
+    What is in files with temporary names, which nobody reads, makes no kind of its own.
+    """
     total, found = 0, dict[object, Image]()
     for image in images:
         total += 1
-        found[image.tree, image.index] = image
+        tree = tuple((place, "" if digest and place.name.startswith(".") else digest) for place, digest in image.tree)
+        found[tree, image.index] = image
     return total, list(found.values())
-
-
-def plain(image: Image) -> Image:
-    """Without its index: as another host finds it."""
-    return replace(image, index="")
 
 
 def _change(names: Names, change: Named) -> None:

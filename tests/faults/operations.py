@@ -7,12 +7,14 @@ keychain that it is given, and says with `expect` what a generation that it make
 
 from __future__ import annotations
 
+import atexit
 import functools
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+from crash_images import Blobs, Image, Recorder, crash_images
 from store_fixtures import CHEAP, PASSPHRASE, Place, add, image
 
 from base.disk import Disk
@@ -40,6 +42,7 @@ def contents() -> dict[str, bytes]:
         "other@1": two + one[: 10 * 4096],
         "other@2": two,
         "third@1": image(7, 40),
+        "third@2": image(8, 12),
     }
 
 
@@ -158,14 +161,26 @@ def key_change_passphrase(run: Run) -> None:
 def key_rotate(run: Run) -> None:
     with run.keychain() as chain:
         chain.change(add=slot(PASSPHRASE), remove=[chain.keys.slot_id], rotate=True)
-    with run.repository() as repository:
-        run.add(repository, "vm", repository.resolve("vm@latest"))
+    with run.repository() as repository:  # and the first record of the new epoch
+        repository.protect(repository.resolve("vm@3"), protected=True)
 
 
 @contextmanager
 def prepared():
-    """A place with the repository on which everything is tried."""
+    """A place with the repository on which everything is tried: a copy, to be changed."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
-        where = Place(Path(root) / "disk", SMALL)
-        prepare(Run(where))
+        where = Place.at(Path(root) / "disk")
+        where.root.mkdir()
+        at_rest, blobs = _prepared()
+        at_rest.build(where.root, blobs)
         yield where
+
+
+@functools.cache
+def _prepared() -> tuple[Image, Blobs]:
+    root = tempfile.TemporaryDirectory(dir="/dev/shm", prefix="perdure-prepared-")
+    atexit.register(root.cleanup)
+    where = Place(Path(root.name) / "disk", SMALL)
+    prepare(Run(where))
+    recorder = Recorder(where.root, Blobs(where.root.parent / "blobs"))
+    return next(crash_images(recorder)), recorder.blobs
