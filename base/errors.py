@@ -10,6 +10,7 @@
     +-- WrongPassphraseError       12
     +-- FormatVersionError         1   made by a newer Perdure: upgrade
     +-- IntegrityError             1   stored bytes are not what was stored (`check` turns these into findings, 3)
+    +-- QuotaError                 1   a VM may not store so much: forget generations, or raise its quota
     +-- StorageError               1   the operating system refused: disk full, permission, I/O error
     +-- VirtualMachineError        1   QEMU is missing, refused, or died: its own message is kept
     +-- GuestError                 1   the guest answered with an error, or not in time
@@ -19,6 +20,8 @@ Every message is one line and names the object, VM or file it is about.
 """
 
 from __future__ import annotations
+
+from base.units import format_size
 
 
 class PerdureError(Exception):
@@ -99,6 +102,20 @@ class IntegrityError(PerdureError):
         self.object, self.problem, self.offset, self.chunk = object, problem, offset, chunk
         place = object if offset is None else f"{object} at offset {offset}"
         super().__init__(f"{place}: {problem}" + ("" if chunk is None else f" (chunk {chunk[:16]})"))
+
+
+class QuotaError(PerdureError):
+    """A generation would exceed what its VM may store; nothing was committed.
+
+    Attributes: `vm`, `quota`, `used` (counted for what is listed), `wanted` (by the new generation), in bytes.
+    """
+
+    def __init__(self, vm: str, quota: int, used: int, wanted: int) -> None:
+        self.vm, self.quota, self.used, self.wanted = vm, quota, used, wanted
+        super().__init__(
+            f"VM {vm} may store {format_size(quota)}, has {format_size(used)}, and would add {format_size(wanted)}: "
+            f"forget generations of it (`perdure forget`), or raise its quota (`perdure policy set`)"
+        )
 
 
 class StorageError(PerdureError):

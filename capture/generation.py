@@ -59,11 +59,13 @@ class Execution(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A generation that was made. `changed`: where each region differs from the parent; `seconds` to the commit."""
+    """A generation that was made. `changed`: where each region differs from the parent; `seconds` to the commit;
+    `forgotten`: generations that the guest had caused, to stay within the VM's quota."""
 
     generation: Generation
     changed: dict[str, Extents]
     seconds: float
+    forgotten: tuple[Generation, ...] = ()
 
 
 class _Source:
@@ -137,7 +139,7 @@ def capture(
         seconds = time.monotonic() - began
         # Inside the writer's lease: all that both stand on is there, also if somebody forgets them now.
         changed = repository.changed(parent, generation, leased=True)
-    return Captured(generation, changed, seconds)
+    return Captured(generation, changed, seconds, tuple(writer.forgotten))
 
 
 def _open(stack: ExitStack, writer: GenerationWriter, region: CapturedRegion, parent: Generation | None) -> _Source:

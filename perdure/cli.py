@@ -85,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     _repository_verbs(verb)
     _retention_verbs(verb)
     _vm_verbs(verb)
+    policies = verbs.add_parser("policy", help="rules and quotas that stand in the repository", parents=[common])
+    _policy_verbs(policies, common)
     keys = verbs.add_parser("key", help="what opens the repository: slots, rotation, public key", parents=[common])
     _key_verbs(keys, common, plain)
     regions = verbs.add_parser("regions", help="list a VM's regions, or tag memory from the host", parents=[common])
@@ -132,11 +134,9 @@ def _repository_verbs(verb: _Verb) -> None:
 
 def _retention_verbs(verb: _Verb) -> None:
     forget = verb("forget", "retention_commands:forget", "forget generations that no rule keeps")
-    forget.add_argument("what", metavar="VM|VM@N", help="a VM to apply rules to, or one generation")
-    for period in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
-        forget.add_argument(f"--keep-{period}", type=int, default=0, metavar="N")
-    forget.add_argument("--keep-within", metavar="SPAN", help="as in 2y5m7d3h")
-    forget.add_argument("--keep-tag", metavar="T", action="append", default=[])
+    forget.add_argument("what", metavar="VM|VM@N", nargs="?", help="a VM to apply rules to, or one generation")
+    forget.add_argument("--all", action="store_true", help="apply the repository's policies to all VMs")
+    _keep_options(forget)
     forget.add_argument("--dry-run", action="store_true", help="only say what would be forgotten")
     verb("protect", "retention_commands:protect", "keep a generation whatever the rules say").add_argument(
         "point", metavar="VM@N"
@@ -144,6 +144,29 @@ def _retention_verbs(verb: _Verb) -> None:
     verb("unprotect", "retention_commands:unprotect", "end the protection of a generation").add_argument(
         "point", metavar="VM@N"
     )
+
+
+def _keep_options(verb: argparse.ArgumentParser) -> None:
+    for period in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
+        verb.add_argument(f"--keep-{period}", type=int, default=0, metavar="N")
+    verb.add_argument("--keep-within", metavar="SPAN", help="as in 2y5m7d3h")
+    verb.add_argument("--keep-tag", metavar="T", action="append", default=[])
+
+
+def _policy_verbs(policies: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    verbs = policies.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, command: str, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text, parents=[common])
+        made.set_defaults(command=f"policy_commands:{command}")
+        made.add_argument("vm", metavar="VM", nargs="?", help="else all VMs that have no policy of their own")
+        return made
+
+    verb("show", "show", "list policies, or what holds for a VM and what it stores")
+    change = verb("set", "set_", "set what `perdure forget` keeps of a VM, and how much it may store")
+    _keep_options(change)
+    change.add_argument("--quota", metavar="SIZE", help="bytes that a VM may store, as in 20GiB")
+    verb("remove", "remove", "remove a policy")
 
 
 def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, plain: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from base.units import format_size
@@ -15,8 +15,8 @@ def point(generation: Generation) -> dict[str, Any]:
     return {"vm": generation.vm, "generation": generation.number, "id": generation.id}
 
 
-def made(generation: Generation, seconds: float) -> dict[str, Any]:
-    """A generation that was just made; `seconds` from the unlocked repository to the commit."""
+def made(generation: Generation, seconds: float, forgotten: Sequence[Generation] = ()) -> dict[str, Any]:
+    """A generation that was just made; `seconds` from the unlocked repository to the commit. `forgotten` for it."""
     return {
         **point(generation),
         "region_bytes": generation.region_bytes,
@@ -24,17 +24,26 @@ def made(generation: Generation, seconds: float) -> dict[str, Any]:
         "stored_bytes": generation.stored_bytes,
         "pause_ms": generation.pause_ms,
         "seconds": round(seconds, 6),
+        "forgotten": [point(each) for each in forgotten],
     }
 
 
-def made_text(generation: Generation, seconds: float) -> list[str]:
-    """The same in one line."""
+def made_text(generation: Generation, seconds: float, forgotten: Sequence[Generation] = ()) -> list[str]:
+    """The same in one line, and one more if there are `forgotten` ones."""
     pause = "" if generation.pause_ms is None else f", paused {generation.pause_ms:.1f} ms"
     return [
         f"{generation.name} {generation.id[:12]}: {format_size(generation.region_bytes)} kept, "
         f"{format_size(generation.dirty_bytes)} changed, {format_size(generation.stored_bytes)} stored "
-        f"in {seconds:.2f} s{pause}"
+        f"in {seconds:.2f} s{pause}",
+        *forgotten_text(forgotten),
     ]
+
+
+def forgotten_text(forgotten: Sequence[Generation]) -> list[str]:
+    """What was forgotten so that a generation fits its VM's quota."""
+    if not forgotten:
+        return []
+    return [f"forgotten to stay within the quota: {', '.join(each.name for each in forgotten)}"]
 
 
 def generation(generation: Generation, *, full: bool = False) -> dict[str, Any]:

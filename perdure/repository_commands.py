@@ -80,7 +80,10 @@ def import_(options: Namespace) -> None:
     finally:
         for descriptor in opened_files.values():
             os.close(descriptor)
-    output.result(documents.made(generation, seconds), lambda: documents.made_text(generation, seconds))
+    forgotten = writer.forgotten
+    output.result(
+        documents.made(generation, seconds, forgotten), lambda: documents.made_text(generation, seconds, forgotten)
+    )
 
 
 def export(options: Namespace) -> None:

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from datetime import datetime
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from base.errors import ConflictError, UsageError
 from perdure import documents
 from perdure.opening import opened, repository_path
 from perdure.output import Output, moment, table
+from store.policy import Policy, parse_span
 from store.records import Generation
-from store.retention import Policy, Verdict, parse_span, plan
+from store.repository import Repository
+from store.retention import Verdict, plan
 
 
 def forget(options: Namespace) -> None:
-    """`perdure forget`: by a policy, or one generation by its name."""
+    """`perdure forget`: by the rules given, by the policies that stand in the repository, or one generation by name."""
     output = Output(options.json, options.quiet)
-    policy = _policy(options)
+    given = rules(options)
+    _require_sense(options, given)
     with opened(repository_path(options.repository), progress=output.progress()) as repository:
-        if "@" in options.what:
-            if not policy.empty:
-                raise UsageError("name a VM to apply rules to, or one generation to forget, not both")
+        if options.what is not None and "@" in options.what:
             verdicts = [_forget_one(repository.resolve(options.what))]
-        elif policy.empty:
-            raise UsageError(
-                f"say what to keep of {options.what} (--keep-last 7, say), or name one generation to forget"
-            )
         else:
-            verdicts = plan(repository.generations(options.what), policy, datetime.now().astimezone())
-        gone = [each.generation for each in verdicts if not each.reasons]
+            verdicts = [
+                each for vm, policy in _chosen(repository, options, given) for each in _plan(repository, vm, policy)
+            ]
         if not options.dry_run:
-            for generation in reversed(gone):
-                repository.forget(generation)
+            verdicts = _carried_out(repository, verdicts)
     document = {
         "dry_run": options.dry_run,
         "kept": [
             {**documents.point(each.generation), "reasons": list(each.reasons)} for each in verdicts if each.reasons
         ],
-        "forgotten": [documents.point(each) for each in gone],
+        "forgotten": [documents.point(each.generation) for each in verdicts if not each.reasons],
     }
     output.result(document, lambda: _forget_text(verdicts, options.dry_run))
 
@@ -63,24 +61,70 @@ def _set_protected(options: Namespace, *, protected: bool) -> None:
     output.result({**documents.point(generation), "protected": protected}, lambda: [f"{generation.name} {what}"])
 
 
-def _forget_one(generation: Generation) -> Verdict:
-    if generation.protected:
-        raise ConflictError(f"{generation.name} is protected: `perdure unprotect {generation.name}` first")
-    return Verdict(generation, ())
-
-
-def _policy(options: Namespace) -> Policy:
+def rules(options: Namespace) -> Policy:
+    """The policy that --keep-... and --quota name. Raises UsageError."""
     counts = {
         name: getattr(options, f"keep_{name}") for name in ("last", "hourly", "daily", "weekly", "monthly", "yearly")
     }
     for name, count in counts.items():
-        if count < 0:
+        if not 0 <= count < 1 << 31:
             raise UsageError(f"--keep-{name} is a count, and {count} is none")
     try:
         within = parse_span(options.keep_within) if options.keep_within else None
     except ValueError as error:
         raise UsageError(f"--keep-within: {error}") from error
     return Policy(**counts, within=within, tags=tuple(options.keep_tag))
+
+
+def _require_sense(options: Namespace, given: Policy) -> None:
+    if options.all == (options.what is not None):
+        raise UsageError("name a VM or one generation to forget, or give --all")
+    if options.all and given.has_rules:
+        raise UsageError("--all applies the policies of the repository: set rules with `perdure policy set`")
+    if options.what is not None and "@" in options.what and given.has_rules:
+        raise UsageError("name a VM to apply rules to, or one generation to forget, not both")
+
+
+def _chosen(repository: Repository, options: Namespace, given: Policy) -> Iterator[tuple[str, Policy]]:
+    """VMs and the rules to apply to them; a VM that no rules are set for is left alone by --all."""
+    if options.all:
+        for vm in repository.vms():
+            policy = repository.policy(vm)
+            if policy is not None and policy.has_rules:
+                yield vm, policy
+        return
+    policy = given if given.has_rules else repository.policy(options.what)
+    if policy is None or not policy.has_rules:
+        raise UsageError(
+            f"say what to keep of {options.what} (--keep-last 7, say), set it for good (`perdure policy set`), "
+            f"or name one generation to forget"
+        )
+    yield options.what, policy
+
+
+def _plan(repository: Repository, vm: str, policy: Policy) -> list[Verdict]:
+    return plan(repository.generations(vm), policy, datetime.now(UTC))
+
+
+def _carried_out(repository: Repository, verdicts: list[Verdict]) -> list[Verdict]:
+    """Forget, oldest first; gives what became of each. One that somebody protects meanwhile stays."""
+    done = []
+    for each in reversed(verdicts):
+        if not each.reasons:
+            try:
+                repository.forget(each.generation)
+            except ConflictError:
+                if len(verdicts) == 1:
+                    raise
+                each = Verdict(each.generation, ("protected",))
+        done.append(each)
+    return done[::-1]
+
+
+def _forget_one(generation: Generation) -> Verdict:
+    if generation.protected:
+        raise ConflictError(f"{generation.name} is protected: `perdure unprotect {generation.name}` first")
+    return Verdict(generation, ())
 
 
 def _forget_text(verdicts: list[Verdict], dry_run: bool) -> list[str]:

@@ -142,7 +142,7 @@ class Supervisor:
         async with self._operation:
             machine = self.machine
             await machine.hold_for_reset()
-            return await self._go_through_reboot(machine)
+            return await self._go_through_reboot(machine, "host reboot")
 
     async def roll_back(
         self, point: str, *, discard: bool, progress: Progress
@@ -258,7 +258,7 @@ class Supervisor:
         self.state = "held"
         policy = self.launcher.description.policy
         if found.cause is Cause.REBOOT:
-            await self._go_through_reboot(machine)
+            await self._go_through_reboot(machine, "reboot")
             return
         number = None
         if policy.capture_on_shutdown:
@@ -272,12 +272,13 @@ class Supervisor:
             Ended("the guest shut down" if found.cause is Cause.POWEROFF else "the guest panicked", generation=number)
         )
 
-    async def _go_through_reboot(self, machine: Machine) -> Captured | None:
-        """A held VM: capture, scrub, verify, the user's hook, reset. What is tagged stays where it is."""
+    async def _go_through_reboot(self, machine: Machine, cause: str) -> Captured | None:
+        """A held VM: capture, scrub, verify, the user's hook, reset. What is tagged stays where it is.
+
+        The cause says who wanted it: what a guest causes is counted apart by policies (store.retention).
+        """
         self.state = "held"
-        done = (
-            await self._try_capture(machine, "reboot") if self.launcher.description.policy.capture_on_reboot else None
-        )
+        done = await self._try_capture(machine, cause) if self.launcher.description.policy.capture_on_reboot else None
         scrubbed = await self.in_store(machine.scrub)
         await self.launcher.before_boot(machine)
         await machine.go_on_after_hold()
@@ -334,6 +335,8 @@ class Supervisor:
         machine.committed(done)
         self._tidying = asyncio.create_task(self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS)))
         self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
+        for line in documents.forgotten_text(done.forgotten):
+            self.say(f"{self.vm}: {line}")
         return done
 
     def _own(self, point: str) -> Generation:

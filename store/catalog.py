@@ -14,6 +14,9 @@ caller's transaction; nothing stands here alone. Keys are big-endian numbers so 
     ids          record id (32) -> VM id (16), number (8)
     protected    VM id (16), number (8) -> nothing
     damaged      pack id (16) -> what is wrong with it, as JSON
+    stored       VM id (16), number (8) -> bytes (8) that this VM's generations have stored up to that one, forgotten
+                 ones included; number 0: up to the newest
+    policies     VM name, or a zero byte for all that have none -> policy as JSON
 
 Pack numbers are local to this host's catalog; 0 is none. A damaged pack has one if something of it can be read: its
 readable frames are in the index, reads use them, and deduplication does not (`avoided`).
@@ -33,11 +36,13 @@ from base.errors import NotFoundError
 from store import format as layout
 from store.index import Index
 from store.packs import PackEntry, PackInfo
+from store.policy import Policy
 from store.records import (
     AttributesBody,
     DoomBody,
     Generation,
     GenerationBody,
+    PolicyBody,
     Record,
     SwapBody,
     TombstoneBody,
@@ -50,7 +55,9 @@ if TYPE_CHECKING:
 
     from store.environment import Environment
 
-DATABASES = ("meta", "packs", "pack_ids", "vms", "generations", "ids", "protected", "damaged")
+DATABASES = (
+    "meta", "packs", "pack_ids", "vms", "generations", "ids", "protected", "damaged", "stored", "policies",
+)  # fmt: skip
 
 INDEX_FOLDER = "index-2"
 """Where the index lies in a host's state for a repository. The number changes with any layout that is kept in LMDB:
@@ -66,6 +73,8 @@ _PACK_FIXED = layout.PACK_HEADER.size + _PACK_SIZE.size
 DOOMED = np.dtype([("pack_id", "V16"), ("pack", "<u4"), ("since", "<u8")])
 """A doomed pack: its id, its number (0 if nothing of it can be read), and the sequence of the record since which it
 has been doomed without a break."""
+_BYTES = struct.Struct(">Q")
+_ALL_VMS = b"\0"
 
 
 class DamagedPack(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +117,9 @@ class Catalog:
             value = _GENERATION.pack(header.sequence, record.id, header.parent) + msgspec.json.encode(body)
             self._put(txn, "generations", key, value)
             self._put(txn, "ids", record.id, key)
+            stored = _BYTES.pack(self.stored(txn, header.vm_id) + body.stored_bytes)
+            self._put(txn, "stored", key, stored)
+            self._put(txn, "stored", _VM.pack(header.vm_id, 0), stored)
         elif isinstance(body, TombstoneBody):
             key = _VM.pack(header.vm_id, header.number)
             known = self._get(txn, "generations", key)
@@ -115,12 +127,19 @@ class Catalog:
                 self._delete(txn, "ids", _GENERATION.unpack_from(known)[1])
                 self._delete(txn, "generations", key)
                 self._delete(txn, "protected", key)
+                self._delete(txn, "stored", key)
         elif isinstance(body, AttributesBody):
             key = _VM.pack(header.vm_id, header.number)
             if body.protected:
                 self._put(txn, "protected", key, b"")
             else:
                 self._delete(txn, "protected", key)
+        elif isinstance(body, PolicyBody):
+            key = _ALL_VMS if body.vm is None else body.vm.encode()
+            if body.policy is None:
+                self._delete(txn, "policies", key)
+            else:
+                self._put(txn, "policies", key, msgspec.json.encode(body.policy))
         self._put(txn, "meta", b"last", _LAST.pack(header.sequence, record.id))
 
     def add_pack(self, txn: lmdb.Transaction, pack: PackInfo) -> None:
@@ -297,6 +316,27 @@ class Catalog:
                 if len(found) == 2:
                     break
         return found
+
+    def is_protected(self, txn: lmdb.Transaction, vm_id: bytes, number: int) -> bool:
+        """Whether a generation is to be kept whatever a policy says."""
+        return self._get(txn, "protected", _VM.pack(vm_id, number)) is not None
+
+    def stored(self, txn: lmdb.Transaction, vm_id: bytes, number: int = 0) -> int:
+        """Bytes that a VM's generations have stored up to a listed one, or up to the newest; forgotten ones count."""
+        value = self._get(txn, "stored", _VM.pack(vm_id, number))
+        return 0 if value is None else int(_BYTES.unpack(value)[0])
+
+    def policy(self, txn: lmdb.Transaction, name: str) -> Policy | None:
+        """What holds for a VM: its own policy, else that for all; None if there is neither."""
+        value = self._get(txn, "policies", name.encode()) or self._get(txn, "policies", _ALL_VMS)
+        return None if value is None else msgspec.json.decode(value, type=Policy)
+
+    def policies(self, txn: lmdb.Transaction) -> dict[str | None, Policy]:
+        """All policies by VM name; None for the one that holds for all others, which comes first."""
+        return {
+            None if key == _ALL_VMS else key.decode(): msgspec.json.decode(value, type=Policy)
+            for key, value in self._items(txn, "policies")
+        }
 
     def _generation(self, txn: lmdb.Transaction, key: bytes, value: bytes) -> Generation:
         vm_id, number = _VM.unpack(key)

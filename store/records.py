@@ -16,6 +16,7 @@ from base.errors import IntegrityError, StorageError
 from store import format as layout
 from store.keys import Keys
 from store.pagemap import Root
+from store.policy import Policy
 
 
 class UncertainCommitError(StorageError):
@@ -94,7 +95,19 @@ class SwapBody(msgspec.Struct, frozen=True, kw_only=True):
     removed: tuple[str, ...]
 
 
-Body = GenesisBody | GenerationBody | TombstoneBody | AttributesBody | DoomBody | SwapBody
+class PolicyBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of the record that sets the policy of a VM, or (`vm` None) of every VM that has none of its own.
+
+    The last one counts; `policy` None takes it away.
+    """
+
+    time: str
+    host: str
+    vm: str | None
+    policy: Policy | None
+
+
+Body = GenesisBody | GenerationBody | TombstoneBody | AttributesBody | DoomBody | SwapBody | PolicyBody
 _BODIES: dict[int, type[Body]] = {
     layout.RECORD_GENESIS: GenesisBody,
     layout.RECORD_GENERATION: GenerationBody,
@@ -102,6 +115,7 @@ _BODIES: dict[int, type[Body]] = {
     layout.RECORD_ATTRIBUTES: AttributesBody,
     layout.RECORD_DOOM: DoomBody,
     layout.RECORD_SWAP: SwapBody,
+    layout.RECORD_POLICY: PolicyBody,
 }
 
 

@@ -52,6 +52,8 @@ from store.lanes import WorkerLanes
 from store.leases import Lease
 from store.nodes import StoredNodes
 from store.packs import FrameReader, PackInfo, read_pack
+from store.policy import Policy
+from store.quotas import Admission, OvertakenError, Standing
 from store.records import (
     AttributesBody,
     Body,
@@ -59,6 +61,7 @@ from store.records import (
     Generation,
     GenerationBody,
     GenesisBody,
+    PolicyBody,
     Record,
     RegionBody,
     SwapBody,
@@ -321,9 +324,20 @@ class Repository:
         self.index.merge(seconds)
 
     def forget(self, generation: Generation) -> None:
-        """Append a tombstone; the generation's number is never used again. Raises StorageError."""
+        """Append a tombstone; the generation's number is never used again. Raises StorageError.
+
+        Raises ConflictError if it is protected by now, whoever did that.
+        """
         body = TombstoneBody(time=_now(), host=socket.gethostname())
-        self._commit(layout.RECORD_TOMBSTONE, lambda _: (body, *_named(generation), layout.ZERO_ID), [])
+
+        def named(txn: lmdb.Transaction) -> _Append:
+            vm_id, number = _named(generation)
+            if self.catalog.is_protected(txn, vm_id, number):
+                name = generation.name
+                raise ConflictError(f"{name} is protected: `perdure unprotect {name}` first")
+            return body, vm_id, number, layout.ZERO_ID
+
+        self._commit(layout.RECORD_TOMBSTONE, named, [])
 
     def protect(self, generation: Generation, *, protected: bool) -> None:
         """Keep a generation whatever a policy says, or no longer. Raises StorageError."""
@@ -363,6 +377,21 @@ class Repository:
 
         return self._commit(layout.RECORD_SWAP, checked, added).header.sequence
 
+    def policies(self) -> dict[str | None, Policy]:
+        """Policies by VM name; None for the one that holds for every VM that has none of its own."""
+        with self.environment.read() as txn:
+            return self.catalog.policies(txn)
+
+    def policy(self, vm: str) -> Policy | None:
+        """What holds for a VM: its own policy, else that for all; None if there is neither."""
+        with self.environment.read() as txn:
+            return self.catalog.policy(txn, vm)
+
+    def set_policy(self, vm: str | None, policy: Policy | None) -> None:
+        """Set the policy of a VM, or of all that have none of their own; None takes it away. Raises StorageError."""
+        body = PolicyBody(time=_now(), host=socket.gethostname(), vm=vm, policy=policy)
+        self._commit(layout.RECORD_POLICY, lambda _: (body, bytes(16), 0, layout.ZERO_ID), [])
+
     def publish_generation(
         self,
         vm: str,
@@ -376,8 +405,9 @@ class Repository:
         tags: tuple[str, ...],
         metadata: dict[str, Any],
         pause_ms: float | None,
+        admission: Admission,
     ) -> Generation:
-        """The commit; the writer's only. Packs are visible and durable."""
+        """The commit; the writer's only. Packs are visible and durable. Raises OvertakenError: admit it again."""
         regions = tuple(
             RegionBody(
                 name=each.name,
@@ -408,6 +438,8 @@ class Repository:
             if not self.catalog.has_packs(txn, hit_packs):
                 raise ConflictError(f"packs that this generation of {vm} shares were pruned meanwhile: capture again")
             vm_id, highest = self.catalog.vm(txn, vm) or (secrets.token_bytes(16), 0)
+            if admission.standing != Standing(self.catalog.policy(txn, vm), self.catalog.stored(txn, vm_id)):
+                raise OvertakenError
             return body, vm_id, highest + 1, bytes.fromhex(parent.id) if parent else layout.ZERO_ID
 
         if self.note_missing(hit_packs):

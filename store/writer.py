@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base import extents as ranges
+from base.errors import ConflictError, StorageError
 from base.extents import Extents
 from base.progress import Progress, silent
 from base.units import PAGE
@@ -25,6 +27,7 @@ from store import leases, pagemap
 from store.lanes import Batch, Lanes, LocalLane
 from store.nodes import NodeWriter
 from store.packs import PackInfo, delete_packs
+from store.quotas import Admission, OvertakenError, Wanted, admit
 from store.records import Generation, UncertainCommitError
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class GenerationWriter:
         self._hit_packs: set[int] = set()
         self._published: list[PackInfo] = []
         self.dirty_bytes = 0
+        self.forgotten: list[Generation] = []
 
     def __enter__(self) -> GenerationWriter:
         return self
@@ -121,7 +125,9 @@ class GenerationWriter:
     ) -> Generation:
         """Publish packs, then the record.
 
-        Raises StorageError, IntegrityError, WorkerError: then nothing was committed (UncertainCommitError: perhaps).
+        Generations that the guest caused and no rule keeps are forgotten where a quota makes that necessary: they
+        then stand in `forgotten`. Raises QuotaError where that does not help, StorageError, IntegrityError,
+        WorkerError: then nothing was committed (UncertainCommitError: perhaps).
         """
         for lane in (self._workers, self._local, self._nodes):
             if lane is not None:
@@ -129,22 +135,15 @@ class GenerationWriter:
         if self._published:
             self._repository.storage.settle("packs")
         try:
-            generation = self._repository.publish_generation(
-                self._vm,
-                parent=self._parent,
-                drafts=list(self._drafts.values()),
-                packs=self._published,
-                hit_packs=self._hit_packs | self._nodes.hit_packs,
-                dirty_bytes=self.dirty_bytes,
-                cause=cause,
-                tags=tags,
-                metadata=metadata or {},
-                pause_ms=pause_ms,
-            )
+            generation, admission = self._publish(cause, tags, metadata or {}, pause_ms)
         except UncertainCommitError:
             self._published = []  # the record may be there: its packs must be
             raise
         self._published = []
+        for each in admission.forget:
+            with suppress(ConflictError, StorageError):  # protected meanwhile, or it stays until the next commit
+                self._repository.forget(each)
+                self.forgotten.append(each)
         return generation
 
     def close(self) -> None:
@@ -160,6 +159,40 @@ class GenerationWriter:
             self._published = []
             if self._lease is not None:
                 self._lease.release()
+
+    def _publish(
+        self, cause: str, tags: tuple[str, ...], metadata: dict[str, Any], pause_ms: float | None
+    ) -> tuple[Generation, Admission]:
+        drafts = list(self._drafts.values())
+        wanted = Wanted(
+            vm=self._vm,
+            parent=self._parent,
+            cause=cause,
+            tags=tags,
+            stored_bytes=sum(pack.size for pack in self._published),
+            dirty_bytes=self.dirty_bytes,
+            kept_bytes=sum(each.kept_bytes for each in drafts),
+        )
+        while True:
+            admission = admit(self._repository, wanted)
+            try:
+                generation = self._repository.publish_generation(
+                    self._vm,
+                    parent=self._parent,
+                    drafts=drafts,
+                    packs=self._published,
+                    hit_packs=self._hit_packs | self._nodes.hit_packs,
+                    dirty_bytes=self.dirty_bytes,
+                    cause=cause,
+                    tags=tags,
+                    metadata=metadata,
+                    pause_ms=pause_ms,
+                    admission=admission,
+                )
+            except OvertakenError:
+                self._repository.refresh()  # it may be another host's, which that attempt did not keep
+            else:
+                return generation, admission
 
     def _resized(self, root: pagemap.Root, length: int) -> pagemap.Root:
         none = np.empty(0, np.uint64), np.empty((0, layout.ID_BYTES), np.uint8)

@@ -42,6 +42,6 @@ def test_rotation_and_a_new_passphrase_under_a_running_vm(vm: Supervised) -> Non
     assert [each["generation"] for each in vm.log()] == [1, 2, 3, 4]
 
     vm.environment["PERDURE_STATE_DIR"] = str(vm.folder / "another host")
-    assert [each["cause"] for each in vm.log()] == ["snapshot", "snapshot", "snapshot", "reboot"]
+    assert [each["cause"] for each in vm.log()] == ["snapshot", "snapshot", "snapshot", "host reboot"]
     assert vm.perdure("check", "--read-data")["clean"]
     vm.environment["PERDURE_STATE_DIR"] = str(vm.state)

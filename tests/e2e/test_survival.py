@@ -442,7 +442,7 @@ def test_a_reboot_by_the_host_that_is_cut_short_is_finished_by_the_next_supervis
     vm.tell_hook("kill-supervisor")
     assert "ended before it had answered" in vm.refused("reboot", NAME)
     assert vm.run.ended() == -signal.SIGKILL
-    assert_captured(vm, "reboot", expected)
+    assert_captured(vm, "host reboot", expected)
     vm.start()
     await_boot(vm, booted)
     assert_as_expected_before_boot(vm, expected)
@@ -582,7 +582,7 @@ def test_the_host_reboots_and_stops_a_guest(vm: Supervised) -> None:
     assert vm.perdure("status")["vms"] == [status]
     captured = vm.perdure("reboot", NAME)["captured"]
     await_boot(vm, booted)
-    assert_captured(vm, "reboot", expected)
+    assert_captured(vm, "host reboot", expected)
     assert vm.log()[-1]["generation"] == captured
     assert_as_expected_before_boot(vm, expected)
     vm.guest.run(f"use('kept', {SIZE}); change([0, 500, 1023], 2100)")

@@ -20,6 +20,7 @@ from store_fixtures import CHEAP, PASSPHRASE, Place, add, image
 from base.disk import Disk
 from store.chunker import PackingSettings
 from store.keychain import Keychain, read_key_files
+from store.policy import Policy
 from store.repository import Repository, create, read_mark
 from store.slots import NewSlot, new_keyring, unlock
 
@@ -137,6 +138,14 @@ def unprotect_and_forget(run: Run) -> None:
         generation = repository.resolve("vm@2")
         repository.protect(generation, protected=False)
         repository.forget(generation)
+
+
+@operation
+def set_policy(run: Run) -> None:
+    with run.repository() as repository:
+        repository.set_policy("vm", Policy(last=3, quota=1 << 30))
+        repository.set_policy(None, Policy(daily=7))
+        repository.set_policy("vm", None)
 
 
 @operation

@@ -1,13 +1,15 @@
 """Retention rules: cases worked out by hand, and what holds for any history."""
 
 from datetime import UTC, datetime, timedelta, timezone
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from store.policy import Policy, format_span, parse_span
 from store.records import Generation
-from store.retention import GUEST_CAUSES, Policy, parse_span, plan
+from store.retention import GUEST_CAUSES, plan
 
 NOW = datetime(2026, 11, 23, 12, 30, tzinfo=UTC)
 
@@ -39,10 +41,30 @@ def test_last_hourly_daily_weekly():
     assert kept(history, Policy(yearly=5)) == [40]
 
 
-def test_periods_are_those_of_the_given_time_zone():
+def test_periods_are_those_of_utc_whatever_clock_the_client_shows():
     history = [generation(1, datetime(2026, 11, 22, 23, 30, tzinfo=UTC)), generation(2, NOW)]
-    assert kept(history, Policy(daily=2)) == [2, 1]
-    assert kept(history, Policy(daily=2), NOW.astimezone(timezone(timedelta(hours=2)))) == [2]
+    for zone in (UTC, timezone(timedelta(hours=2)), ZoneInfo("America/New_York")):
+        assert kept(history, Policy(daily=2), NOW.astimezone(zone)) == [2, 1]
+
+
+@pytest.mark.parametrize("change", [datetime(2026, 10, 25, 1, tzinfo=UTC), datetime(2026, 3, 29, 1, tzinfo=UTC)])
+def test_daylight_saving_changes_nothing(change):
+    """In Berlin those days have 25 and 23 hours, and 02:30 happens twice or never."""
+    berlin = ZoneInfo("Europe/Berlin")
+    times = [change + timedelta(minutes=30 * n) for n in range(-60, 61)]
+    history = [generation(n + 1, at.astimezone(berlin)) for n, at in enumerate(times)]
+    hours = kept(history, Policy(hourly=48), times[-1].astimezone(berlin))
+    assert hours == [121, *range(120, 26, -2)]  # the half hour, of every hour; and the newest
+    days = kept(history, Policy(daily=3), times[-1].astimezone(berlin))
+    assert [times[n - 1].hour for n in days] == [7, 23, 23]
+    assert kept(history, Policy(within=parse_span("3h")), times[-1].astimezone(berlin)) == list(range(121, 114, -1))
+
+
+def test_a_client_whose_clock_runs_ahead_forgets_nothing_for_it():
+    history = every(24, 10)
+    for now in (NOW, NOW + timedelta(days=3650)):
+        assert kept(history, Policy(within=parse_span("2d")), now) == [10, 9, 8]
+    assert kept(history, Policy(within=parse_span("2d")), NOW - timedelta(days=4)) == [10, 9, 8, 7, 6, 5, 4]
 
 
 def test_within_tags_protected_and_the_newest():
@@ -51,7 +73,7 @@ def test_within_tags_protected_and_the_newest():
         generation(2, NOW - timedelta(days=300), tags=("release", "x")),
         generation(3, NOW - timedelta(days=2)),
         generation(4, NOW - timedelta(days=1)),
-        generation(5, NOW - timedelta(hours=90)),
+        generation(5, NOW - timedelta(hours=1)),
     ]
     assert kept(history, Policy(within=parse_span("1d12h"))) == [5, 4, 1]
     assert kept(history, Policy(tags=("release",))) == [5, 2, 1]
@@ -73,6 +95,11 @@ def test_spans(text, hours):
     assert parse_span(text) == timedelta(hours=hours)
 
 
+@given(st.integers(1, 10**6))
+def test_spans_are_written_as_they_are_read(hours):
+    assert parse_span(format_span(timedelta(hours=hours))) == timedelta(hours=hours)
+
+
 @pytest.mark.parametrize("text", ["", "3", "h", "3 d", "3x", "-3d", "3dd"])
 def test_what_is_no_span(text):
     with pytest.raises(ValueError, match="span"):
@@ -82,7 +109,8 @@ def test_what_is_no_span(text):
 HISTORY = st.lists(
     st.tuples(st.integers(0, 20000), st.sampled_from(["snapshot", "reboot", "checkpoint"]), st.booleans()), min_size=1
 )
-POLICY = st.builds(Policy, *[st.integers(0, 6)] * 6)
+COUNTS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+POLICY = st.builds(Policy, **{each: st.integers(0, 6) for each in COUNTS})
 
 
 @given(HISTORY, POLICY)
@@ -97,5 +125,5 @@ def test_what_holds_for_any_history(rows, policy):
     for by_guest in (False, True):
         share = [each.number for each in history if (each.cause in GUEST_CAUSES) == by_guest]
         assert set(share[len(share) - policy.last :] if policy.last else []) <= set(numbers)
-    limit = 2 * sum(getattr(policy, each) for each in ("last", "hourly", "daily", "weekly", "monthly", "yearly"))
+    limit = 2 * sum(getattr(policy, each) for each in COUNTS)
     assert len(numbers) <= limit + 1 + sum(each.protected for each in history)

@@ -1,0 +1,54 @@
+"""What is kept of a VM's generations, and how much it may store: the rules as they stand in a repository.
+
+Pure. store.retention says which generations the rules keep, store.quotas what a quota allows.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+_SPAN = re.compile(r"(\d{1,6})([hdwmy])")
+_HOURS = {"h": 1, "d": 24, "w": 7 * 24, "m": 30 * 24, "y": 365 * 24}
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How many of each to keep, and the `quota` in bytes; 0, None and empty keep none by that rule, and allow any size.
+
+    As JSON this stands in records: `within` is an ISO 8601 duration there.
+    """
+
+    last: Count = 0
+    hourly: Count = 0
+    daily: Count = 0
+    weekly: Count = 0
+    monthly: Count = 0
+    yearly: Count = 0
+    within: timedelta | None = None
+    tags: tuple[str, ...] = ()
+    quota: Bytes | None = None
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether it says what to keep; where it does not, it must not be taken to mean that everything goes."""
+        return msgspec.structs.replace(self, quota=None) != Policy()
+
+
+def parse_span(text: str) -> timedelta:
+    """`2y5m7d3h`: years of 365 days, months of 30, weeks (w), days, hours. Raises ValueError."""
+    parts = _SPAN.findall(text)
+    if not parts or "".join(count + unit for count, unit in parts) != text:
+        raise ValueError(f"{text!r} is no span of time: write it as in 2y5m7d3h")
+    return timedelta(hours=sum(int(count) * _HOURS[unit] for count, unit in parts))
+
+
+def format_span(span: timedelta) -> str:
+    """The same span as `parse_span` reads it, in days and hours."""
+    days, hours = divmod(round(span.total_seconds() / 3600), 24)
+    return "".join(f"{count}{unit}" for count, unit in ((days, "d"), (hours, "h")) if count) or "0h"

@@ -1,0 +1,160 @@
+"""Quotas and policies in the repository: what counts, what is refused, and what is forgotten to make room."""
+
+import threading
+
+import pytest
+from store_fixtures import add, content, image, place
+
+from base.errors import ConflictError, QuotaError
+from store.policy import Policy
+from store.quotas import used_bytes
+
+PAGE = 4096
+
+
+def noise(seed: int, pages: int) -> bytes:
+    """Pages that neither compress nor repeat."""
+    import random
+
+    return random.Random(seed).randbytes(pages * PAGE)
+
+
+def numbers(repository, vm="vm") -> list[int]:
+    return [each.number for each in repository.generations(vm)]
+
+
+def test_policies_stand_in_the_repository_for_every_host():
+    mine = Policy(last=3, tags=("release",), quota=1 << 30)
+    with place() as where:
+        with where.open() as repository:
+            assert repository.policies() == {}
+            repository.set_policy(None, Policy(daily=7))
+            repository.set_policy("vm", mine)  # which has no generation yet
+            repository.set_policy("gone", mine)
+            repository.set_policy("gone", None)
+        for opened in (where.open, where.elsewhere):
+            with opened() as repository:
+                assert repository.policies() == {None: Policy(daily=7), "vm": mine}
+                assert repository.policy("vm") == mine
+                assert repository.policy("gone") == repository.policy("other") == Policy(daily=7)
+
+
+def test_a_commit_beyond_the_quota_is_refused_and_leaves_nothing():
+    with place() as where, where.open() as repository:
+        repository.set_policy("vm", Policy(quota=60 * PAGE))
+        first = add(repository, "vm", {"ram": noise(1, 50)})
+        assert used_bytes(repository, "vm") == first.stored_bytes
+        packs = set((where.path / "packs").iterdir())
+        with pytest.raises(QuotaError) as caught:
+            add(repository, "vm", {"ram": noise(2, 50)})
+        assert (caught.value.vm, caught.value.quota, caught.value.used) == ("vm", 60 * PAGE, first.stored_bytes)
+        assert caught.value.wanted > 10 * PAGE
+        assert "perdure forget" in str(caught.value)
+        assert numbers(repository) == [1]
+        assert set((where.path / "packs").iterdir()) == packs
+        add(repository, "vm", {"ram": noise(1, 50)})  # adds nothing
+        add(repository, "other", {"ram": noise(2, 50)})  # another VM
+        repository.set_policy("vm", Policy(quota=200 * PAGE))
+        assert add(repository, "vm", {"ram": noise(2, 50)}).number == 3
+
+
+def test_what_the_guest_caused_makes_room_and_what_the_operator_made_does_not():
+    with place() as where, where.open() as repository:
+        repository.set_policy(None, Policy(last=1, quota=240 * PAGE))
+        add(repository, "vm", {"ram": noise(0, 50)})
+        repository.protect(add(repository, "vm", {"ram": noise(1, 50)}, cause="reboot"), protected=True)
+        for seed in range(2, 12):
+            add(repository, "vm", {"ram": noise(seed, 50)}, repository.latest("vm"), cause="reboot")
+            assert used_bytes(repository, "vm") <= 240 * PAGE
+            assert numbers(repository)[:2] == [1, 2]
+        assert numbers(repository) == [1, 2, 11, 12]
+        assert content(repository, repository.resolve("vm@12"), "ram") == noise(11, 50)
+        with pytest.raises(QuotaError):  # vm@1 is kept by last=1, and would be the operator's without it
+            add(repository, "vm", {"ram": noise(20, 150)}, cause="snapshot")
+        assert numbers(repository) == [1, 2, 11, 12]
+
+
+def test_the_writer_says_what_was_forgotten_for_it():
+    with place() as where, where.open() as repository:
+        repository.set_policy("vm", Policy(quota=130 * PAGE))
+        for seed in (1, 2):
+            add(repository, "vm", {"ram": noise(seed, 50)}, cause="checkpoint")
+        with repository.writer("vm") as writer:
+            from store_fixtures import memory_file
+
+            draft = writer.region("ram", "image", 50 * PAGE)
+            with memory_file(noise(3, 50)) as descriptor:
+                writer.replace(draft, descriptor)
+            writer.commit("checkpoint")
+        assert [each.name for each in writer.forgotten] == ["vm@1"]
+        assert numbers(repository) == [2, 3]
+
+
+def test_forgetting_makes_room_at_once_but_not_more_than_it_frees():
+    """What a forgotten generation stored may still be needed by the next: at most all in which they differ."""
+    with place() as where, where.open() as repository:
+        data = bytearray(noise(1, 50))
+        add(repository, "vm", {"ram": bytes(data)})
+        for seed in range(2, 6):  # the same ten pages, over and over
+            data[: 10 * PAGE] = noise(seed, 10)
+            add(repository, "vm", {"ram": bytes(data)}, repository.latest("vm"))
+        full = used_bytes(repository, "vm")
+        assert full > 90 * PAGE
+        for number in (2, 3, 4):
+            repository.forget(repository.resolve(f"vm@{number}"))
+        assert 60 * PAGE <= used_bytes(repository, "vm") <= 64 * PAGE
+        repository.forget(repository.resolve("vm@1"))
+        assert used_bytes(repository, "vm") == 50 * PAGE
+
+
+def test_a_sparse_region_counts_what_is_in_it():
+    with place() as where, where.open() as repository:
+        repository.set_policy("vm", Policy(quota=80 * PAGE))
+        for seed in range(1, 9):
+            data = bytearray(1 << 20)
+            data[: 30 * PAGE] = noise(seed, 30)
+            add(repository, "vm", {"ram": bytes(data)}, repository.latest("vm"))
+            for generation in repository.generations("vm")[:-1]:
+                repository.forget(generation)
+        assert numbers(repository) == [8]
+        assert used_bytes(repository, "vm") == 30 * PAGE
+
+
+def test_writers_of_one_vm_at_once_do_not_get_past_the_quota_together():
+    """Both are admitted before either commits: the second must be admitted again."""
+    with place() as where, where.open() as one, where.elsewhere() as two:
+        one.set_policy("vm", Policy(quota=80 * PAGE))
+        two.refresh()
+        outcomes = []
+
+        def work(repository, seed):
+            try:
+                outcomes.append(add(repository, "vm", {"ram": noise(seed, 50)}).number)
+            except QuotaError:
+                outcomes.append(0)
+
+        threads = [threading.Thread(target=work, args=each) for each in ((one, 1), (two, 2))]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert sorted(outcomes) == [0, 1]
+
+
+def test_a_policy_set_meanwhile_counts_for_the_next_commit():
+    with place() as where, where.open() as one, where.elsewhere() as two:
+        add(one, "vm", {"ram": noise(1, 50)})
+        two.refresh()
+        one.set_policy("vm", Policy(quota=60 * PAGE))
+        with pytest.raises(QuotaError):
+            add(two, "vm", {"ram": noise(2, 50)})
+
+
+def test_what_is_protected_meanwhile_is_not_forgotten():
+    with place() as where, where.open() as one, where.elsewhere() as two:
+        generation = add(one, "vm", {"ram": image(1, 5)})
+        two.refresh()
+        two.protect(two.resolve("vm@1"), protected=True)
+        with pytest.raises(ConflictError, match="unprotect"):
+            one.forget(generation)
+        assert numbers(one) == [1]
