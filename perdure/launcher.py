@@ -183,7 +183,7 @@ class Launcher:
             table = RegionTable.from_tags(
                 prepared.memory.folder / _TABLE, self.description.name, self._devices(addresses), tags
             )
-            machine = await self._attach(qemu, monitor, addresses, table, prepared, elsewhere)
+            machine = await self._attach(qemu, monitor, table, prepared, elsewhere)
             await elsewhere(lambda: _verify_empty(prepared.memory, table))
             await self.before_boot(machine)
             await monitor.cont()
@@ -223,7 +223,7 @@ class Launcher:
                     self._release(self.folder.path / name)
             parent = await elsewhere(lambda: self._parent(repository))
             found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings)
-            return await self._attach(qemu, monitor, addresses, table, found, elsewhere)
+            return await self._attach(qemu, monitor, table, found, elsewhere)
         except BaseException:
             await monitor.disconnect()
             raise
@@ -260,7 +260,6 @@ class Launcher:
         self,
         qemu: Qemu,
         monitor: Monitor,
-        addresses: AddressMap,
         table: RegionTable,
         prepared: Prepared,
         elsewhere: Elsewhere,
@@ -299,7 +298,6 @@ class Launcher:
             memory=prepared.memory,
             table=table,
             holds=monitor.events(*hold.HOLD_EVENTS).__enter__(),
-            addresses=addresses,
             journal=journal,
             tracking=tracking,
             parent=prepared.parent,

@@ -21,7 +21,6 @@ from capture.tracking import Tracking
 from restore.scrub import scrub
 from store.records import Generation
 from vm import hold
-from vm.addresses import AddressMap
 from vm.channel import GuestChannel, GuestHandler
 from vm.command_line import Platform
 from vm.config import RAM, Description
@@ -47,7 +46,6 @@ class Machine:
     memory: Memory
     table: RegionTable
     holds: Events
-    addresses: AddressMap
     journal: Journal
     tracking: Tracking
     parent: Generation | None
@@ -118,7 +116,7 @@ class Machine:
         """Reset, and let the guest boot."""
         if self.channel is not None:
             self.channel.reset()
-        await hold.resume_after_hold(self.monitor, self.platform.firmware.kind)
+        await hold.resume_after_hold(self.monitor)
         with suppress(StorageError):  # a guest that runs is worth more than short logs
             trim_log(self.qemu.folder.console, _CONSOLE_BYTES_MAX)
             trim_journal(self.qemu.folder)
@@ -127,10 +125,7 @@ class Machine:
         """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something."""
         total = 0
         for name, file in self.memory.files.items():
-            if name == RAM:
-                what = hold.scrubbable_ram(self.platform.firmware.kind, self.addresses)
-            else:
-                what = self.table.scrubbable(name)
+            what = ranges.normalise([(0, file.size)]) if name == RAM else self.table.scrubbable(name)
             descriptor = file.open()
             try:
                 total += scrub(descriptor, str(file.path), what)

@@ -1,13 +1,17 @@
-"""The held reboot: why the guest is stopped, what of its memory may be scrubbed, how it goes on.
+"""The held reboot: why the guest is stopped, and how it goes on.
 
 QEMU runs with `-action reboot=shutdown,shutdown=pause,panic=pause`: every reboot and poweroff of the guest stops it
 with a SHUTDOWN event, whose reason says which it was, and a panic with GUEST_PANICKED (also with panic=shutdown: no
 SHUTDOWN comes while shutdown=pause). Scrubbing comes before `resume_after_hold`, since the reset reloads firmware
 and option ROMs into guest memory.
 
+Every reset by a running guest is held, without exception: only between our own reset and `cont`, while no
+instruction of the guest is run, would QEMU carry one out by itself. Firmware that resets once more on its own, as
+SeaBIOS does from its shadow, would be held like a reboot; vm.shadow takes its reason away.
+
 The coroutines belong to the monitor's event loop; the rest is pure.
 
-Source: QEMU, qapi/run-state.json; SeaBIOS, src/resume.c and src/fw/shadow.c.
+Source: QEMU, qapi/run-state.json, softmmu/runstate.c.
 """
 
 from __future__ import annotations
@@ -19,26 +23,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from base import extents
 from base.errors import VirtualMachineError
-from base.extents import Extents
-from vm.addresses import AddressMap
-from vm.config import RAM
-from vm.firmware import Kind
-from vm.monitor import DeadlineError, Event, Events, Monitor
-
-RESET_SECONDS = 10
-SECOND_RESET_SECONDS = 20
-"""SeaBIOS resets again some 30 ms after the guest goes on; this is for a host that is busy."""
+from vm import shadow
+from vm.monitor import COMMAND_SECONDS, Event, Monitor
 
 HOLD_EVENTS = ("SHUTDOWN", "GUEST_PANICKED")
 """What to listen for, and to give to `classify`."""
 HELD_STATES = ("shutdown", "guest-panicked")
 """QEMU's run states while the guest is held."""
-
-SEABIOS_KEPT = (0xC0000, 0x100000)
-"""Guest-physical range that SeaBIOS runs from after a reset: the chipset still shows memory there and not the ROM,
-and the code in it brings the ROM back and resets once more. Punched out, the boot hangs."""
 
 
 class Cause(Enum):
@@ -100,7 +92,7 @@ async def hold_for_reset(monitor: Monitor) -> None:
     """Hold the guest as a reboot of its own would, journal entry included. Raises VirtualMachineError."""
     with monitor.events("SHUTDOWN") as events:
         await monitor.execute("system_reset")
-        await events.next(RESET_SECONDS)
+        await events.next(COMMAND_SECONDS)
 
 
 async def hold_on_reset(monitor: Monitor) -> None:
@@ -108,50 +100,24 @@ async def hold_on_reset(monitor: Monitor) -> None:
     await monitor.execute("set-action", reboot="shutdown", shutdown="pause", panic="pause")
 
 
-async def resume_after_hold(
-    monitor: Monitor, firmware: Kind, *, second_reset_seconds: float = SECOND_RESET_SECONDS
-) -> bool:
+async def resume_after_hold(monitor: Monitor) -> None:
     """Reset the held guest and let it run, with its next reboot held again.
 
-    Gives whether the firmware did what was expected of it: False if SeaBIOS did not reset a second time, in which
-    case that reset, if it is only late, shows as a reboot of the guest. Raises VirtualMachineError; resets are held
-    again then too, if QEMU still answers.
+    Raises VirtualMachineError; the guest waits then as before, and resets are held, if QEMU still answers.
     """
+    await shadow.remove(monitor)
     with monitor.events("RESET") as resets:
         try:
-            as_expected = await _reset(monitor, firmware, resets, second_reset_seconds)
+            # With reboot=shutdown our own system_reset would be turned into another hold.
+            await monitor.execute("set-action", reboot="reset")
+            await monitor.execute("system_reset")
+            await resets.next(COMMAND_SECONDS)
         except BaseException:
             with contextlib.suppress(VirtualMachineError):  # the first error says what is wrong
                 await hold_on_reset(monitor)
             raise
     await hold_on_reset(monitor)
-    return as_expected
-
-
-async def _reset(monitor: Monitor, firmware: Kind, resets: Events, second_reset_seconds: float) -> bool:
-    # With reboot=shutdown our own system_reset would be turned into another hold.
-    await monitor.execute("set-action", reboot="reset")
-    await monitor.execute("system_reset")
-    await resets.next(RESET_SECONDS)
     await monitor.cont()
-    if firmware != "seabios":
-        return True
-    try:
-        await resets.next(second_reset_seconds, guest=True)
-    except DeadlineError:
-        return False
-    return True
-
-
-def scrubbable_ram(firmware: Kind, addresses: AddressMap) -> Extents:
-    """What of main memory's backing file may be punched out while the guest is held, as file offsets."""
-    spans = addresses.of(RAM)
-    everything = extents.normalise([(span.offset, span.offset + span.size) for span in spans])
-    if firmware != "seabios":
-        return everything
-    start, end = SEABIOS_KEPT
-    _, offset = addresses.locate(start, end - start)
-    return extents.subtract(everything, extents.normalise([(offset, offset + end - start)]))
 
 
 def _event(line: bytes) -> Event | None:

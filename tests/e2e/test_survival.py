@@ -27,7 +27,7 @@ SIZE = 4 * MIB
 INFO_BLOCK = Area(0, 2 * MIB, 0)
 """What the guest's kernel keeps at the start of the device: kept, as if it were tagged."""
 FIRMWARE = set(range(0xA0000 // PAGE, 0x100000 // PAGE))
-"""Pages of main memory through which firmware is seen, and that SeaBIOS needs for its second reset."""
+"""Pages of main memory in whose place the firmware may be seen."""
 IN_GUEST = (Path(__file__).parent / "in_guest.py").read_text()
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from base.errors import NotFoundError, VirtualMachineError
 from vm.addresses import AddressMap, Span, address_map
-from vm.hold import scrubbable_ram
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -75,9 +74,3 @@ def test_answers_that_contradict_each_other():
         address_map("demo", devices, mtree.replace(": ram", ": pc.ram"), 512 * MIB)
     with pytest.raises(VirtualMachineError, match="no view"):
         address_map("demo", devices, "", 512 * MIB)
-
-
-def test_scrub_limits():
-    split = recorded("4g", 4 * GIB)
-    assert scrubbable_ram("ovmf", split).tolist() == [[0, 4 * GIB]]
-    assert scrubbable_ram("seabios", split).tolist() == [[0, 0xC0000], [0x100000, 4 * GIB]]
