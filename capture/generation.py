@@ -143,13 +143,14 @@ def capture(
 
 
 def _open(stack: ExitStack, writer: GenerationWriter, region: CapturedRegion, parent: Generation | None) -> _Source:
-    """Begin a region: what was tagged since the parent is to be looked at, what was untagged becomes zero."""
+    """Begin a region: what was tagged since the parent is to be looked at, what was untagged becomes zero. Where the
+    parent has lost something, all is looked at: memory still has it."""
     before = ranges.EMPTY
     if parent is not None and region.name in parent.regions:
         before = ranges.normalise([(start, end) for start, end in parent.metadata.get("kept", {}).get(region.name, [])])
     draft = writer.region(region.name, region.kind, region.length, kept_bytes=ranges.total(region.kept))
     writer.clear(draft, ranges.subtract(before, region.kept))
-    source = _Source(region, draft, ranges.subtract(region.kept, before))
+    source = _Source(region, draft, region.kept if draft.anew else ranges.subtract(region.kept, before))
     stack.callback(source.close)
     return source
 

@@ -113,6 +113,7 @@ def _repository_verbs(verb: _Verb) -> None:
     export.add_argument("region", metavar="REGION")
     export.add_argument("file", metavar="FILE", help="- for standard output")
     export.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    export.add_argument("--partial", action="store_true", help="of a hurt region what is left; zeros in the holes")
 
     log = verb("log", "repository_commands:log", "history of a VM, or of all")
     log.add_argument("vm", metavar="VM", nargs="?")

@@ -56,6 +56,7 @@ def generation(generation: Generation, *, full: bool = False) -> dict[str, Any]:
         "host": generation.host,
         "tags": list(generation.tags),
         "protected": generation.protected,
+        "hurt": generation.hurt,
         "region_bytes": generation.region_bytes,
         "dirty_bytes": generation.dirty_bytes,
         "stored_bytes": generation.stored_bytes,
@@ -98,6 +99,8 @@ def generation_text(generation: Generation) -> Iterator[str]:
             f"region      {region.name} ({region.kind}): {format_size(region.kept_bytes)} kept "
             f"of {format_size(region.root.length)}"
         )
+    for name, lost in generation.hurt.items():
+        yield f"hurt        {name}: {format_size(lost)} were lost, as the last repair found"
     for key, value in generation.metadata.items():
         yield from _fact_text(key, value)
 

@@ -74,7 +74,11 @@ def import_(options: Namespace) -> None:
                         raise UsageError(f"--dirty {name}: {options.parent} has no region {name} to apply ranges to")
                     length = os.fstat(descriptor).st_size
                     draft = writer.region(name, "image", length)
-                    writer.replace(draft, descriptor, _within(dirty.get(name), length, name), output.progress())
+                    extents = _within(dirty.get(name), length, name)
+                    if draft.anew and extents is not None:
+                        output.note(f"{options.parent} has lost something of {name}: all of {files[name]} is read")
+                        extents = None
+                    writer.replace(draft, descriptor, extents, output.progress())
                 generation = writer.commit("import", tags=tuple(options.tag))
                 seconds = time.monotonic() - repository.since
     finally:
@@ -88,6 +92,7 @@ def import_(options: Namespace) -> None:
 
 def export(options: Namespace) -> None:
     """`perdure export`"""
+    from store.holes import Holes
     from store.reader import GenerationReader
 
     output = _output(options)
@@ -95,23 +100,28 @@ def export(options: Namespace) -> None:
         generation = repository.resolve(options.point)
         with GenerationReader(repository, generation) as reader:
             region = reader.region(options.region)
+            holes = Holes(region.root) if options.partial else None
             if options.file == "-":
                 if output.json:
                     raise UsageError("--json and an export to standard output exclude each other")
-                for piece in reader.stream(region):
+                for piece in reader.stream(region, holes=holes):
                     sys.stdout.buffer.write(piece)
                 sys.stdout.buffer.flush()
+                for line in _holes_text(holes):
+                    output.note(line)
                 return
-            written = _export_file(reader, region, Path(options.file), options.force, output)
+            written = _export_file(reader, region, Path(options.file), options.force, output, holes)
     document = {
         **documents.point(generation),
         "region": region.name,
         "file": options.file,
         "bytes": region.root.length,
         "written_bytes": written,
+        "lost_bytes": 0 if holes is None else ranges.total(holes.extents),
+        "holes": [] if holes is None else [[start, end - start] for start, end in holes.extents.tolist()],
     }
     text = f"{generation.name} {region.name}: {format_size(written)} of {format_size(region.root.length)} written"
-    output.result(document, lambda: [f"{text} to {options.file}"])
+    output.result(document, lambda: [f"{text} to {options.file}", *_holes_text(holes)])
 
 
 def log(options: Namespace) -> None:
@@ -195,7 +205,7 @@ def _check_text(findings: list[Any], counts: dict[str, int]) -> Iterator[str]:
 
 
 def _log_text(found: list[Generation]) -> list[str]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             each.name,
             each.id[:12],
@@ -205,10 +215,13 @@ def _log_text(found: list[Generation]) -> list[str]:
             size(each.dirty_bytes),
             size(each.stored_bytes),
             ",".join(each.tags),
+            f"{size(sum(each.hurt.values()))} lost" if each.hurt else "",
         )
         for each in found
     ]
-    header = ("GENERATION", "ID", "TIME", "CAUSE", "KEPT", "CHANGED", "STORED", "TAGS")
+    header: tuple[str, ...] = ("GENERATION", "ID", "TIME", "CAUSE", "KEPT", "CHANGED", "STORED", "TAGS", "HURT")
+    if not any(each.hurt for each in found):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return table(header, rows, right="KEPT CHANGED STORED")
 
 
@@ -219,7 +232,15 @@ def _diff_text(changed: dict[str, Extents]) -> Iterator[str]:
             yield f"  {start:#014x}  {format_size(end - start)}"
 
 
-def _export_file(reader: Any, region: Any, path: Path, force: bool, output: Output) -> int:
+def _holes_text(holes: Any) -> Iterator[str]:
+    """What a partial export lacks."""
+    if holes is not None and len(holes.extents):
+        yield f"lost: {format_size(ranges.total(holes.extents))} in {len(holes.extents)} ranges, which are zeros:"
+        for start, end in holes.extents.tolist():
+            yield f"  {start:#014x}  {format_size(end - start)}"
+
+
+def _export_file(reader: Any, region: Any, path: Path, force: bool, output: Output, holes: Any) -> int:
     """Write beside the target and rename, so that a half-written export never has its name."""
     if path.exists() and not force:
         raise ConflictError(f"{path} exists: remove it, or use --force")
@@ -231,7 +252,7 @@ def _export_file(reader: Any, region: Any, path: Path, force: bool, output: Outp
     try:
         try:
             os.ftruncate(descriptor, region.root.length)
-            written = int(reader.restore(region, descriptor, str(path), output.progress()))
+            written = int(reader.restore(region, descriptor, str(path), output.progress(), holes))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

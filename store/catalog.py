@@ -13,6 +13,7 @@ caller's transaction; nothing stands here alone. Keys are big-endian numbers so 
     generations  VM id (16), number (8) -> sequence (8), record id (32), parent (32), body as JSON
     ids          record id (32) -> VM id (16), number (8)
     protected    VM id (16), number (8) -> nothing
+    hurt         VM id (16), number (8) -> bytes lost by region, as JSON
     damaged      pack id (16) -> what is wrong with it, as JSON
     stored       VM id (16), number (8) -> bytes (8) that this VM's generations have stored up to that one, forgotten
                  ones included; number 0: up to the newest
@@ -42,6 +43,8 @@ from store.records import (
     DoomBody,
     Generation,
     GenerationBody,
+    HurtBody,
+    HurtGeneration,
     PolicyBody,
     Record,
     SwapBody,
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
     from store.environment import Environment
 
 DATABASES = (
-    "meta", "packs", "pack_ids", "vms", "generations", "ids", "protected", "damaged", "stored", "policies",
+    "meta", "packs", "pack_ids", "vms", "generations", "ids", "protected", "hurt", "damaged", "stored", "policies",
 )  # fmt: skip
 
 INDEX_FOLDER = "index-2"
@@ -128,6 +131,9 @@ class Catalog:
                 self._delete(txn, "generations", key)
                 self._delete(txn, "protected", key)
                 self._delete(txn, "stored", key)
+                self._delete(txn, "hurt", key)
+        elif isinstance(body, HurtBody):
+            self._mark_hurt(txn, body)
         elif isinstance(body, AttributesBody):
             key = _VM.pack(header.vm_id, header.number)
             if body.protected:
@@ -141,6 +147,28 @@ class Catalog:
             else:
                 self._put(txn, "policies", key, msgspec.json.encode(body.policy))
         self._put(txn, "meta", b"last", _LAST.pack(header.sequence, record.id))
+
+    def hurt(self, txn: lmdb.Transaction, generation: Generation) -> dict[str, int]:
+        """Bytes that a generation has lost, by region, as the last repair found."""
+        value = self._get(txn, "hurt", _VM.pack(bytes.fromhex(generation.vm_id), generation.number))
+        return {} if value is None else msgspec.json.decode(value, type=dict[str, int])
+
+    def all_hurt(self, txn: lmdb.Transaction) -> list[HurtGeneration]:
+        """What the last record of its kind says, less what was forgotten."""
+        found = []
+        for key, value in self._items(txn, "hurt"):
+            vm_id, number = _VM.unpack(key)
+            regions = msgspec.json.decode(value, type=dict[str, int])
+            found.append(HurtGeneration(vm_id=vm_id.hex(), number=number, regions=regions))
+        return found
+
+    def _mark_hurt(self, txn: lmdb.Transaction, body: HurtBody) -> None:
+        for key, _ in list(self._items(txn, "hurt")):
+            self._delete(txn, "hurt", key)
+        for each in body.generations:
+            key = _VM.pack(bytes.fromhex(each.vm_id), each.number)
+            if self._get(txn, "generations", key) is not None:
+                self._put(txn, "hurt", key, msgspec.json.encode(each.regions))
 
     def add_pack(self, txn: lmdb.Transaction, pack: PackInfo) -> None:
         """Make a pack's chunks findable; does nothing for a pack that is known."""
@@ -345,7 +373,14 @@ class Catalog:
         header = layout.RecordHeader(
             layout.RECORD_GENERATION, 0, sequence, layout.ZERO_ID, vm_id, number, parent, layout.ZERO_ID
         )
-        return generation_of(header, body, record_id, protected=self._get(txn, "protected", key) is not None)
+        hurt = self._get(txn, "hurt", key)
+        return generation_of(
+            header,
+            body,
+            record_id,
+            protected=self._get(txn, "protected", key) is not None,
+            hurt=None if hurt is None else msgspec.json.decode(hurt, type=dict[str, int]),
+        )
 
     def _get(self, txn: lmdb.Transaction, database: str, key: bytes) -> bytes | None:
         value = txn.get(key, db=self._environment.database(database))

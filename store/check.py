@@ -325,4 +325,4 @@ class _Check:
 
 def _bare(generation: Generation) -> Generation:
     """Without what later records say of it."""
-    return replace(generation, protected=False)
+    return replace(generation, protected=False, hurt={})

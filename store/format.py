@@ -45,7 +45,7 @@ RECORD  files `records/<sequence, 12 digits>`
     offset size  field
          0    8  magic "PERDRECD"
          8    2  format version, 1
-        10    1  kind: 1 genesis, 2 generation, 3 tombstone, 4 attributes, 5 doom, 6 swap, 7 policy
+        10    1  kind: 1 genesis, 2 generation, 3 tombstone, 4 attributes, 5 doom, 6 swap, 7 policy, 8 hurt
         11    1  zero
         12    4  epoch of the data key
         16    8  repository sequence, from 1
@@ -90,6 +90,7 @@ CODEC_RAW, CODEC_ZSTD = 0, 1
 FOOTER_NUMBER = 0xFFFFFFFF
 RECORD_GENESIS, RECORD_GENERATION, RECORD_TOMBSTONE, RECORD_ATTRIBUTES, RECORD_DOOM, RECORD_SWAP = 1, 2, 3, 4, 5, 6
 RECORD_POLICY = 7
+RECORD_HURT = 8
 SEALED_RECORD = 16
 """Kind under which record bodies are sealed; the kinds of packs stand for their frames and footers."""
 

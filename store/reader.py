@@ -21,9 +21,11 @@ from base import extents as ranges
 from base.errors import IntegrityError, NotFoundError, StorageError
 from base.extents import Extents
 from base.progress import Progress, silent
+from base.units import format_size
 from base.workers import usable_cores
 from store import leases, pagemap
 from store.chunker import chunk_ids, read_extents
+from store.holes import Holes, surviving
 from store.nodes import LOOKS, by_frame
 from store.records import Generation, Region
 
@@ -41,6 +43,7 @@ class _Use(Protocol):
     def __call__(self, members: NDArray[np.intp], chunks: NDArray[np.uint8], /) -> None: ...
 
 
+_Lost = Callable[[NDArray[np.intp]], None]
 _Job = tuple[int, int, NDArray[np.intp]]
 _Outcome = tuple[NDArray[np.intp], IntegrityError | None]
 _Run = Callable[[Callable[[_Job], _Outcome], list[_Job]], Iterable[_Outcome]]
@@ -74,42 +77,81 @@ class GenerationReader:
         for numbers, _ in self._leaves(region):
             yield ranges.intersect(ranges.from_numbers(numbers, size), ranges.normalise([(0, region.root.length)]))
 
-    def restore(self, region: Region, descriptor: int, path: str, progress: Progress = silent) -> int:
+    def holes(self, region: Region) -> Extents:
+        """Ranges of bytes of a region that are lost, as far as that shows without reading data."""
+        found = Holes(region.root)
+        for numbers, ids in self._leaves(region, found):
+            missing = self._repository.nodes.locate(ids)["pack"] == 0
+            if missing.any():
+                found.chunks(numbers[missing])
+        return found.extents
+
+    def require_whole(self, region: Region) -> None:
+        """Raises IntegrityError for a region that is marked as hurt, unless what it lost was stored anew since."""
+        if region.name in self.generation.hurt:
+            lost = ranges.total(self.holes(region))
+            if lost:
+                name = self.generation.name
+                raise IntegrityError(
+                    f"generation {name}",
+                    f"region {region.name} is hurt: {format_size(lost)} of it are lost "
+                    f"(`perdure export --partial {name} {region.name} FILE` writes the rest)",
+                )
+
+    def restore(
+        self,
+        region: Region,
+        descriptor: int,
+        path: str,
+        progress: Progress = silent,
+        holes: Holes | None = None,
+    ) -> int:
         """Write every non-zero chunk to its place in a file that is all holes; gives the bytes written.
 
-        `path` is for messages. Raises IntegrityError, StorageError; the file is then not to be used.
+        `path` is for messages. With `holes`, what is lost is left out, and told there. Raises IntegrityError (without
+        it), StorageError; the file is then not to be used.
         """
+        if holes is None:
+            self.require_whole(region)
         size, length, done = region.root.chunk_size, region.root.length, 0
         with ThreadPoolExecutor(usable_cores()) as threads:
-            for numbers, ids in self._leaves(region):
+            for numbers, ids in self._leaves(region, holes):
 
                 def place(members: NDArray[np.intp], chunks: NDArray[np.uint8]) -> None:
                     _write_chunks(descriptor, numbers[members], chunks, length, path)  # noqa: B023  # used up in this turn
 
-                for count in self._each_frame(ids, place, threads.map):
+                for count in self._each_frame(ids, place, threads.map, _lost_of(numbers, holes)):
                     done += count * size
                     progress(f"restoring {region.name}", done, max(done, region.kept_bytes))
         return done
 
-    def read(self, region: Region, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a region, at most up to its length. Raises IntegrityError."""
+    def read(self, region: Region, start: int, end: int, holes: Holes | None = None) -> bytes:
+        """Bytes [start, end) of a region, at most up to its length. With `holes`, what is lost is zero, and told there.
+
+        Raises IntegrityError (without `holes`).
+        """
         size = region.root.chunk_size
         end = min(end, region.root.length)
         first, last = start // size, -(-end // size)
         out = np.zeros((last - first, size), np.uint8)
-        for numbers, ids in pagemap.leaves(region.root, self._repository.nodes, first, last):
+        for numbers, ids in self._within(region, first, last, holes):
 
             def place(members: NDArray[np.intp], chunks: NDArray[np.uint8]) -> None:
                 out[(numbers[members] - np.uint64(first)).astype(np.int64)] = chunks  # noqa: B023  # used up in this turn
 
-            for _ in self._each_frame(ids, place, map):
+            for _ in self._each_frame(ids, place, map, _lost_of(numbers, holes)):
                 pass
         return out.reshape(-1)[start - first * size : end - first * size].tobytes()
 
-    def stream(self, region: Region, piece: int = 4 << 20) -> Iterator[bytes]:
-        """The whole region in order, zeros included, in pieces. Raises IntegrityError."""
+    def stream(self, region: Region, piece: int = 4 << 20, holes: Holes | None = None) -> Iterator[bytes]:
+        """The whole region in order, zeros included, in pieces. With `holes`, what is lost is zero, and told there.
+
+        Raises IntegrityError (without `holes`).
+        """
+        if holes is None:
+            self.require_whole(region)
         for start in range(0, region.root.length, piece):
-            yield self.read(region, start, start + piece)
+            yield self.read(region, start, start + piece, holes)
 
     def verify(self, region: Region, descriptor: int, path: str, progress: Progress = silent) -> int:
         """Measure a file: hash what is in it and compare every chunk with the page map; gives the bytes hashed.
@@ -150,20 +192,28 @@ class GenerationReader:
             offset = int(different[0]) * region.root.chunk_size
             raise IntegrityError(path, f"does not hold region {region.name} of {self.generation.name}", offset=offset)
 
-    def _leaves(self, region: Region) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
+    def _within(
+        self, region: Region, first: int, last: int, holes: Holes | None
+    ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
+        if holes is None:
+            return pagemap.leaves(region.root, self._repository.nodes, first, last)
+        return surviving(region.root, self._repository.nodes, first, last, holes)
+
+    def _leaves(
+        self, region: Region, holes: Holes | None = None
+    ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
         """Non-zero leaves in planning windows."""
         limit = -(-region.root.length // region.root.chunk_size)
         for start in range(0, limit, _WINDOW):
-            numbers, ids = _collect(
-                pagemap.leaves(region.root, self._repository.nodes, start, min(start + _WINDOW, limit))
-            )
+            numbers, ids = _collect(self._within(region, start, min(start + _WINDOW, limit), holes))
             if len(numbers):
                 yield numbers, ids
 
-    def _each_frame(self, ids: NDArray[np.uint8], use: _Use, run: _Run) -> Iterator[int]:
+    def _each_frame(self, ids: NDArray[np.uint8], use: _Use, run: _Run, lost: _Lost | None = None) -> Iterator[int]:
         """Open every frame that holds some of `ids` (n, 32) once; gives the number of chunks used, frame by frame.
 
-        `run` is `map` or a thread pool's. What was moved by others meanwhile is looked up again. Raises IntegrityError.
+        `run` is `map` or a thread pool's. What was moved by others meanwhile is looked up again. `lost` is told which
+        members cannot be had; without it, that raises IntegrityError.
         """
         members, locations = np.arange(len(ids)), self._repository.nodes.locate(ids)
         failure: IntegrityError | None = None
@@ -184,7 +234,9 @@ class GenerationReader:
                 break
             members, locations = members[left], again
         assert failure is not None
-        raise failure
+        if lost is None:
+            raise failure
+        lost(members[left])
 
     def _open(
         self, ids: NDArray[np.uint8], members: NDArray[np.intp], locations: NDArray[np.void], use: _Use, job: _Job
@@ -203,6 +255,10 @@ class GenerationReader:
     def _lost(self, chunk: NDArray[np.uint8]) -> IntegrityError:
         name = f"generation {self.generation.name}"
         return IntegrityError(name, "needs a chunk that is in no pack", chunk=bytes(chunk).hex())
+
+
+def _lost_of(numbers: NDArray[np.uint64], holes: Holes | None) -> _Lost | None:
+    return None if holes is None else lambda members: holes.chunks(numbers[members])
 
 
 def _collect(

@@ -7,7 +7,7 @@ headers are clear, so that the chain can be audited with the public key alone.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -107,7 +107,23 @@ class PolicyBody(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy | None
 
 
-Body = GenesisBody | GenerationBody | TombstoneBody | AttributesBody | DoomBody | SwapBody | PolicyBody
+class HurtGeneration(msgspec.Struct, frozen=True, kw_only=True):
+    """A generation that has lost something: its VM's id in hex, its number, and bytes lost by region."""
+
+    vm_id: str
+    number: int
+    regions: dict[str, int]
+
+
+class HurtBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Sealed body of the record that lists all generations which are hurt. It takes the place of the list before."""
+
+    time: str
+    host: str
+    generations: tuple[HurtGeneration, ...]
+
+
+Body = GenesisBody | GenerationBody | TombstoneBody | AttributesBody | DoomBody | SwapBody | PolicyBody | HurtBody
 _BODIES: dict[int, type[Body]] = {
     layout.RECORD_GENESIS: GenesisBody,
     layout.RECORD_GENERATION: GenerationBody,
@@ -116,6 +132,7 @@ _BODIES: dict[int, type[Body]] = {
     layout.RECORD_DOOM: DoomBody,
     layout.RECORD_SWAP: SwapBody,
     layout.RECORD_POLICY: PolicyBody,
+    layout.RECORD_HURT: HurtBody,
 }
 
 
@@ -140,7 +157,8 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An immutable point in time of a VM. Ids are hex; sizes are bytes; `time` is RFC 3339 in UTC."""
+    """An immutable point in time of a VM. Ids are hex; sizes are bytes; `time` is RFC 3339 in UTC. `hurt`: bytes that
+    were lost by region, as the last repair found."""
 
     vm: str
     vm_id: str
@@ -159,6 +177,7 @@ class Generation:
     pause_ms: float | None
     metadata: dict[str, Any]
     protected: bool = False
+    hurt: dict[str, int] = field(default_factory=dict)
 
     @property
     def region_bytes(self) -> int:
@@ -222,7 +241,12 @@ def decode_record(keys: Keys, data: bytes, sequence: int, previous: bytes | None
 
 
 def generation_of(
-    header: layout.RecordHeader, body: GenerationBody, record_id: bytes, *, protected: bool = False
+    header: layout.RecordHeader,
+    body: GenerationBody,
+    record_id: bytes,
+    *,
+    protected: bool = False,
+    hurt: dict[str, int] | None = None,
 ) -> Generation:
     """What callers see of a generation record."""
     regions = {
@@ -252,6 +276,7 @@ def generation_of(
         pause_ms=body.pause_ms,
         metadata=body.metadata,
         protected=protected,
+        hurt=hurt or {},
     )
 
 

@@ -61,6 +61,8 @@ from store.records import (
     Generation,
     GenerationBody,
     GenesisBody,
+    HurtBody,
+    HurtGeneration,
     PolicyBody,
     Record,
     RegionBody,
@@ -310,6 +312,16 @@ class Repository:
                 self._locked_out = True
         return GenerationWriter(self, vm, parent)
 
+    def unfit(self, parent: Generation | None) -> frozenset[str]:
+        """Regions of a parent on which a new generation must not be built, since something of them is lost.
+
+        As long as this host knows of damage that was not repaired, these are all: nobody knows what it hurts.
+        """
+        if parent is None:
+            return frozenset()
+        with self.environment.read() as txn:
+            return frozenset(parent.regions if self.catalog.damaged(txn) else self.catalog.hurt(txn, parent))
+
     def worker_lanes(self) -> WorkerLanes:
         """Lanes in the processes of the pool."""
         assert self.pool is not None
@@ -343,6 +355,14 @@ class Repository:
         """Keep a generation whatever a policy says, or no longer. Raises StorageError."""
         body = AttributesBody(time=_now(), host=socket.gethostname(), protected=protected)
         self._commit(layout.RECORD_ATTRIBUTES, lambda _: (body, *_named(generation), layout.ZERO_ID), [])
+
+    def mark_hurt(self, generations: Sequence[HurtGeneration]) -> int:
+        """Append the record that these generations, and no others, have lost something; gives its sequence.
+
+        Raises StorageError.
+        """
+        body = HurtBody(time=_now(), host=socket.gethostname(), generations=tuple(generations))
+        return self._commit(layout.RECORD_HURT, lambda _: (body, bytes(16), 0, layout.ZERO_ID), []).header.sequence
 
     def doom(self, packs: Sequence[bytes]) -> int:
         """Append the record that these packs (ids), and no others, are about to be removed; gives its sequence.

@@ -47,12 +47,14 @@ _SMALL = 16 << 20
 
 @dataclass(slots=True)
 class RegionDraft:
-    """A region of the generation being made."""
+    """A region of the generation being made. `anew`: something of the parent's is lost, so it begins empty, and all of
+    its content must be offered, also what did not change; what is stored already costs a look-up."""
 
     name: str
     kind: str
     root: pagemap.Root
     kept_bytes: int
+    anew: bool = False
 
 
 class GenerationWriter:
@@ -62,6 +64,7 @@ class GenerationWriter:
         self._repository, self._vm, self._parent = repository, vm, parent
         self._lease = repository.lease(leases.WRITER, f"writer of VM {vm}", [parent] if parent else [])
         self._nodes = NodeWriter(repository.storage, repository.keys, repository.nodes, repository.settings.pack_bytes)
+        self._unfit = repository.unfit(parent)
         self._local: LocalLane | None = None
         self._workers: Lanes | None = None
         self._drafts: dict[str, RegionDraft] = {}
@@ -82,11 +85,12 @@ class GenerationWriter:
     ) -> RegionDraft:
         """Begin a region with the parent's content, or empty. `kept_bytes` defaults to `length`."""
         before = self._parent.regions.get(name) if self._parent else None
-        if before is not None and before.root.chunk_size == chunk_size:
+        anew = before is not None and name in self._unfit
+        if before is not None and not anew and before.root.chunk_size == chunk_size:
             root = self._resized(before.root, length)
         else:
             root = pagemap.Root(length, chunk_size, 0, layout.ZERO_ID)
-        draft = RegionDraft(name, kind, root, length if kept_bytes is None else kept_bytes)
+        draft = RegionDraft(name, kind, root, length if kept_bytes is None else kept_bytes, anew)
         self._drafts[name] = draft
         return draft
 

@@ -1,0 +1,146 @@
+"""Generations that have lost something: what is still given out, what is refused, and how a new one goes on."""
+
+import os
+import random
+import tempfile
+
+import numpy as np
+import pytest
+from store_fixtures import add, content, image, memory_file, place
+
+from base import extents as ranges
+from base.errors import IntegrityError
+from store.chunker import PackingSettings
+from store.format import PACK_DATA, PACK_NODES
+from store.holes import Holes
+from store.reader import GenerationReader
+from store.records import HurtGeneration
+
+SMALL_PACKS = PackingSettings(pack_bytes=200_000)
+PAGE = 4096
+DATA = random.Random(1).randbytes(400 * PAGE + 100)
+
+
+def part(repository, generation) -> tuple[bytes, bytes, np.ndarray]:
+    """(exported, streamed, holes) of region ram."""
+    with GenerationReader(repository, generation) as reader, tempfile.TemporaryFile(dir="/dev/shm") as file:
+        region = reader.region("ram")
+        holes, again = Holes(region.root), Holes(region.root)
+        os.ftruncate(file.fileno(), region.root.length)
+        reader.restore(region, file.fileno(), "test", holes=holes)
+        streamed = b"".join(reader.stream(region, 1 << 20, again))
+        assert np.array_equal(holes.extents, again.extents)
+        return os.pread(file.fileno(), region.root.length, 0), streamed, holes.extents
+
+
+def with_zeros(data: bytes, holes) -> bytes:
+    out = bytearray(data)
+    for start, end in holes.tolist():
+        out[start:end] = bytes(end - start)
+    return bytes(out)
+
+
+def packs_of(where, repository, kind) -> list:
+    found = []
+    with repository.environment.read() as txn:
+        for number in repository.catalog.pack_numbers(txn):
+            header = repository.catalog.pack(number).header
+            if header.kind == kind:
+                found.append(where.path / "packs" / header.pack_id.hex())
+    return found
+
+
+def mark(repository, *generations) -> None:
+    repository.mark_hurt(
+        [HurtGeneration(vm_id=each.vm_id, number=each.number, regions={"ram": 1}) for each in generations]
+    )
+
+
+@pytest.mark.parametrize("kind", [PACK_DATA, PACK_NODES])
+@pytest.mark.parametrize("how", ["missing", "frame"])
+def test_what_is_left_is_exported_and_holes_are_told(kind, how):
+    with place(SMALL_PACKS) as where:
+        with where.open() as repository:
+            add(repository, "vm", {"ram": DATA})
+            path = packs_of(where, repository, kind)[-1]
+        if how == "missing":
+            path.unlink()
+        else:
+            damaged = bytearray(path.read_bytes())
+            damaged[64 + 100] ^= 1
+            path.write_bytes(damaged)
+        for open_repository in (where.open, where.elsewhere):
+            with open_repository() as repository:
+                generation = repository.resolve("vm@1")
+                with pytest.raises(IntegrityError):
+                    content(repository, generation, "ram")
+                exported, streamed, holes = part(repository, generation)
+                assert exported == streamed == with_zeros(DATA, holes)
+                assert ranges.total(holes) >= 16 * PAGE if kind == PACK_DATA else 32 * PAGE
+                if kind == PACK_DATA:
+                    assert ranges.total(holes) < len(DATA)
+                assert int(holes[-1, 1]) <= len(DATA)
+
+
+def test_a_whole_generation_has_no_holes():
+    with place(SMALL_PACKS) as where, where.open() as repository:
+        generation = add(repository, "vm", {"ram": DATA})
+        exported, streamed, holes = part(repository, generation)
+        assert exported == streamed == DATA
+        assert not len(holes)
+
+
+def test_marks_are_seen_everywhere_replaced_and_forgotten_with_their_generation():
+    with place() as where, where.open() as repository, where.elsewhere() as other:
+        one = add(repository, "vm", {"ram": DATA})
+        two = add(repository, "vm", {"ram": DATA[PAGE:]})
+        mark(repository, one, two)
+        other.refresh()
+        for each in (repository, other):
+            assert [generation.hurt for generation in each.generations("vm")] == [{"ram": 1}] * 2
+        mark(repository, two)
+        assert [each.hurt for each in repository.generations("vm")] == [{}, {"ram": 1}]
+        repository.forget(two)
+        with repository.environment.read() as txn:
+            assert repository.catalog.all_hurt(txn) == []
+        with where.elsewhere() as third:
+            assert [each.hurt for each in third.generations("vm")] == [{}]
+
+
+def test_a_marked_region_is_refused_before_anything_is_written_but_not_if_it_is_whole_again():
+    with place(SMALL_PACKS) as where:
+        with where.open() as repository:
+            add(repository, "vm", {"ram": DATA, "disk": image(1, 10)})
+            packs_of(where, repository, PACK_DATA)[0].unlink()
+        with where.elsewhere() as repository:
+            mark(repository, repository.resolve("vm@1"))
+            generation = repository.resolve("vm@1")
+            with tempfile.TemporaryFile(dir="/dev/shm") as file, GenerationReader(repository, generation) as reader:
+                with pytest.raises(IntegrityError, match=r"region ram is hurt: .* export --partial vm@1 ram"):
+                    reader.restore(reader.region("ram"), file.fileno(), "test")
+                with pytest.raises(IntegrityError, match="is hurt"):
+                    next(reader.stream(reader.region("ram")))
+                assert os.fstat(file.fileno()).st_blocks == 0
+            assert content(repository, generation, "disk") == image(1, 10)
+            add(repository, "vm", {"ram": DATA})
+            assert content(repository, generation, "ram") == DATA  # the mark is still there
+
+
+def test_a_generation_is_not_built_on_what_its_parent_has_lost():
+    """All of the region must be offered, and then the parent is whole again too."""
+    with place(SMALL_PACKS) as where:
+        with where.open() as repository:
+            one = add(repository, "vm", {"ram": DATA, "disk": image(1, 10)})
+            packs_of(where, repository, PACK_DATA)[0].unlink()
+            mark(repository, one)
+        with where.elsewhere() as repository:
+            one = repository.resolve("vm@1")
+            with repository.writer("vm", one) as writer:
+                draft = writer.region("ram", "image", len(DATA))
+                assert draft.anew
+                with memory_file(DATA) as descriptor:
+                    writer.replace(draft, descriptor)
+                two = writer.commit("import")
+            assert two.parent == one.id
+            for each in (one, two):
+                assert content(repository, each, "ram") == DATA
