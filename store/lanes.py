@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -26,8 +27,10 @@ from store.keys import DataKeys
 from store.packs import PackInfo, delete_packs
 from store.storage import Storage
 
-_DEPTH = 3
-"""Batches under way in one worker: one being hashed, one waiting for the judge, one on its way."""
+_DEPTH = 8
+"""Batches under way in one worker, each of them 4 MiB in its memory."""
+_TOGETHER = 4
+"""Batches a worker that are judged together: look-ups in a large index cost a tenth in batches of 8192 ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,8 @@ class Batch:
     numbers: NDArray[np.uint64]
 
 
-Judge = Callable[[Batch, NDArray[np.uint8]], NDArray[np.bool_]]
-"""Given a batch and its ids (n, 32), says which of its chunks are to be packed."""
+Judge = Callable[[NDArray[np.uint64], NDArray[np.uint8]], NDArray[np.bool_]]
+"""Given numbers (n,), ascending, and ids (n, 32) of chunks, says which of them are to be packed."""
 
 
 class Lanes(Protocol):
@@ -55,6 +58,12 @@ class Lanes(Protocol):
         """Drop what is not published."""
 
 
+def _judged(judge: Judge, group: list[Batch], ids: list[NDArray[np.uint8]]) -> list[NDArray[np.bool_]]:
+    """The judge's word on several batches at once, in the order of their addresses."""
+    wanted = judge(np.concatenate([each.numbers for each in group]), np.concatenate(ids))
+    return np.split(wanted, np.cumsum([len(each.numbers) for each in group])[:-1])
+
+
 class LocalLane:
     """One chunker in this process: no start-up cost, for small work."""
 
@@ -62,9 +71,12 @@ class LocalLane:
         self._chunker = Chunker(storage, keys, settings)
 
     def drive(self, descriptor: int, chunk_size: int, batches: Iterator[Batch], judge: Judge) -> None:
-        for token, batch in enumerate(batches):
-            ids = self._chunker.read(token, descriptor, batch.extents, chunk_size)
-            self._chunker.keep(token, judge(batch, ids))
+        while group := list(islice(batches, _DEPTH)):
+            ids = [
+                self._chunker.read(token, descriptor, batch.extents, chunk_size) for token, batch in enumerate(group)
+            ]
+            for token, wanted in enumerate(_judged(judge, group, ids)):
+                self._chunker.keep(token, wanted)
 
     def finish(self) -> list[PackInfo]:
         return self._chunker.finish()
@@ -96,27 +108,46 @@ class WorkerLanes:
             raise
 
     def _pump(self, batches: Iterator[Batch], judge: Judge) -> None:
-        under_way: dict[int, Batch] = {}
-        token = 0
-        load = [0] * len(self._pool)
-        more = True
-        while more or under_way:
-            while more and min(load) < _DEPTH:
-                batch = next(batches, None)
-                if batch is None:
-                    more = False
-                    break
-                worker = load.index(min(load))
-                self._pool.send(worker, ("read", token, batch.extents))
-                under_way[token] = batch
-                load[worker] += 1
-                token += 1
-            if not under_way:
-                break
-            for worker, (answered, ids) in self._pool.receive():
-                wanted = judge(under_way.pop(answered), ids)
-                self._pool.send(worker, ("keep", answered, wanted))
-                load[worker] -= 1
+        batches_of: dict[int, Batch] = {}
+        answers: list[tuple[int, int, NDArray[np.uint8]]] = []  # token, worker, ids: not judged yet
+        load, silent = [0] * len(self._pool), [0] * len(self._pool)
+        for token, batch in enumerate(batches):
+            worker = load.index(min(load))
+            self._pool.send(worker, ("read", token, batch.extents))
+            batches_of[token] = batch
+            load[worker] += 1
+            silent[worker] += 1
+            while min(load) == _DEPTH:
+                self._collect(answers, silent)
+                if len(answers) >= _TOGETHER * len(load) or min(silent) == 0:
+                    self._judge(judge, batches_of, answers, load)
+        while any(load):
+            if any(silent):
+                self._collect(answers, silent)
+            if len(answers) >= _TOGETHER * len(load) or min(silent) == 0:
+                self._judge(judge, batches_of, answers, load)
+
+    def _collect(self, answers: list[tuple[int, int, NDArray[np.uint8]]], silent: list[int]) -> None:
+        """Wait for the ids of some batches."""
+        for worker, (token, ids) in self._pool.receive():
+            answers.append((token, worker, ids))
+            silent[worker] -= 1
+
+    def _judge(
+        self,
+        judge: Judge,
+        batches_of: dict[int, Batch],
+        answers: list[tuple[int, int, NDArray[np.uint8]]],
+        load: list[int],
+    ) -> None:
+        """Judge all answers together, and have what is wanted packed."""
+        answers.sort(key=lambda answer: answer[0])
+        group = [batches_of.pop(token) for token, _, _ in answers]
+        verdicts = _judged(judge, group, [ids for _, _, ids in answers])
+        for (token, worker, _), wanted in zip(answers, verdicts, strict=True):
+            self._pool.send(worker, ("keep", token, wanted))
+            load[worker] -= 1
+        answers.clear()
 
     def finish(self) -> list[PackInfo]:
         for worker in range(len(self._pool)):

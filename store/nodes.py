@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 NODE_BYTES = FANOUT * layout.ID_BYTES
 _NODES_PER_FRAME = 64
+_UNCHECKED = 1024
+"""New nodes that are looked up in the index at once: each look-up costs some 10 us for each part of the index."""
+_KEPT = 8192
+"""Nodes (8 MiB) that a writer keeps: what is read to compare with is read again to be changed."""
 
 LOOKS = 16
 """Times that what was not found is looked up again; each time, others have moved it meanwhile."""
@@ -116,41 +120,60 @@ class NodeWriter:
         self._open: list[PackWriter] = []
         self._done: list[PackInfo] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
+        self._unchecked: dict[bytes, bytes] = {}
         self._waiting: dict[bytes, bytes] = {}
+        self._kept: dict[bytes, bytes] = {}
         self.hit_packs: set[int] = set()
 
     def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Nodes of this generation or of committed ones."""
+        names = _names(ids)
+        found = [self._known(name) for name in names]
         nodes = np.empty((len(ids), NODE_BYTES), np.uint8)
-        elsewhere = []
-        for at, name in enumerate(map(bytes, ids)):
-            waiting = self._waiting.get(name)
-            place = self._places.get(name)
-            if waiting is not None:
-                nodes[at] = np.frombuffer(waiting, np.uint8)
-            elif place is not None:
-                nodes[at] = self._open[place[0]].frame(place[1])[1][place[2]]
-            else:
-                elsewhere.append(at)
+        elsewhere = [at for at, node in enumerate(found) if node is None]
         if elsewhere:
             nodes[elsewhere] = self._stored.fetch(level, ids[elsewhere]).reshape(-1, NODE_BYTES)
+            if len(self._kept) + len(elsewhere) > _KEPT:
+                self._kept.clear()
+            for at in elsewhere[:_KEPT]:
+                self._kept[names[at]] = nodes[at].tobytes()
+        here = [at for at, node in enumerate(found) if node is not None]
+        if here:
+            nodes[here] = np.frombuffer(b"".join(filter(None, found)), np.uint8).reshape(-1, NODE_BYTES)
         return nodes.reshape(-1, FANOUT, layout.ID_BYTES)
 
     def put(self, level: int, ids: NDArray[np.uint8], nodes: NDArray[np.uint8]) -> None:  # noqa: ARG002  # protocol
         """Take new nodes; those that the store holds already are not written again."""
-        locations = self._stored.reusable(ids)
-        known = locations["pack"] != 0
-        self.hit_packs.update(np.unique(locations["pack"][known]).tolist())
-        flat = nodes.reshape(-1, NODE_BYTES)
-        for at in np.flatnonzero(~known).tolist():
-            name = bytes(ids[at])
+        content = nodes.tobytes()
+        for at, name in enumerate(_names(ids)):
             if name not in self._places and name not in self._waiting:
-                self._waiting[name] = flat[at].tobytes()
+                self._unchecked[name] = content[at * NODE_BYTES : (at + 1) * NODE_BYTES]
+        if len(self._unchecked) >= _UNCHECKED:
+            self._check()
+
+    def _known(self, name: bytes) -> bytes | None:
+        """A node that this writer can give without asking the index."""
+        node = self._kept.get(name) or self._unchecked.get(name) or self._waiting.get(name)
+        place = None if node else self._places.get(name)
+        return self._open[place[0]].frame(place[1])[1][place[2]].tobytes() if place else node
+
+    def _check(self) -> None:
+        """Sort the unchecked out: what the store holds is relied upon, what it does not is written."""
+        fresh, self._unchecked = self._unchecked, {}
+        if not fresh:
+            return
+        locations = self._stored.reusable(np.frombuffer(b"".join(fresh), np.uint8).reshape(-1, layout.ID_BYTES))
+        self.hit_packs.update(np.unique(locations["pack"]).tolist())
+        self.hit_packs.discard(0)
+        for (name, node), pack in zip(fresh.items(), locations["pack"].tolist(), strict=True):
+            if not pack:
+                self._waiting[name] = node
                 if len(self._waiting) == _NODES_PER_FRAME:
                     self._emit()
 
     def finish(self) -> list[PackInfo]:
         """Publish the packs of nodes."""
+        self._check()
         self._emit()
         while self._open:
             self._done.append(self._open.pop(0).close())
@@ -174,6 +197,12 @@ class NodeWriter:
         for slot, name in enumerate(self._waiting):
             self._places[name] = (len(self._open) - 1, number, slot)
         self._waiting = {}
+
+
+def _names(ids: NDArray[np.uint8]) -> list[bytes]:
+    """Ids (n, 32) as keys of a dictionary."""
+    data = ids.tobytes()
+    return [data[at : at + layout.ID_BYTES] for at in range(0, len(data), layout.ID_BYTES)]
 
 
 def by_frame(locations: NDArray[np.void]) -> list[tuple[int, int, NDArray[np.intp]]]:

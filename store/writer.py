@@ -41,6 +41,8 @@ _BEFORE_WINDOW = 1 << 15
 """Chunks of the parent's page map that are held for comparison: 1 MiB of ids, three at a time."""
 _DENSE = 8
 """A batch that spans at most so many chunks for each that it has is compared window by window."""
+_READ_ANYWAY = 64 << 10
+"""Ranges up to so many bytes are read without looking for holes: zeros tell as much, and cost less than two calls."""
 _SMALL = 16 << 20
 """Work below this many bytes is done in this process: sending it elsewhere costs more."""
 
@@ -249,16 +251,13 @@ class _Judge:
         self._ids: list[NDArray[np.uint8]] = []
         self._count = self._done = 0
 
-    def __call__(self, batch: Batch, ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        if self._base.id == layout.ZERO_ID:
-            changed = ids.any(axis=1)
-        else:
-            changed = (ids != self._before(batch.numbers)).any(axis=1)
+    def __call__(self, numbers: NDArray[np.uint64], ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        changed = self._changed(numbers, ids)
         wanted = np.zeros(len(ids), np.bool_)
         if changed.any():
             some = ids[changed]
             wanted[changed] = self._writer.new_chunks(some)
-            self._numbers.append(batch.numbers[changed])
+            self._numbers.append(numbers[changed])
             self._ids.append(some)
             self._count += len(some)
             self._writer.dirty_bytes += len(some) * self._base.chunk_size
@@ -267,6 +266,13 @@ class _Judge:
         self._done += len(ids) * self._base.chunk_size
         self._progress(self._draft.name, min(self._done, self._total), self._total)
         return wanted
+
+    def _changed(self, numbers: NDArray[np.uint64], ids: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        differs = ids.view(np.uint64)
+        if self._base.id != layout.ZERO_ID:
+            differs = differs ^ self._before(numbers).view(np.uint64)
+        changed: NDArray[np.bool_] = differs.any(axis=1)
+        return changed
 
     def flush(self) -> None:
         """Bring the page map up to date with what was collected. Batches come back in any order."""
@@ -312,13 +318,13 @@ class _Before:
 
 def _present(descriptor: int, wanted: Extents, size: int) -> Extents:
     """What of `wanted` is not a hole. Looks only inside `wanted`, so that a few pages of a huge file cost little."""
-    rows = [ranges.EMPTY]
+    rows = []
     for start, end in wanted.tolist():
-        if end - start > PAGE:
-            rows.append(ranges.resident(descriptor, min(end, size), start))
-        elif start < size:  # one page: reading it tells as much
-            rows.append(np.array([[start, min(end, size)]], np.int64))
-    return ranges.union(*rows)
+        if end - start > _READ_ANYWAY:
+            rows += ranges.resident(descriptor, min(end, size), start).tolist()
+        elif start < size:
+            rows.append((start, min(end, size)))
+    return ranges.normalise(rows)
 
 
 def _batches(present: Extents, chunk: int) -> Iterator[Batch]:
