@@ -271,7 +271,7 @@ class _Judge:
         differs = ids.view(np.uint64)
         if self._base.id != layout.ZERO_ID:
             differs = differs ^ self._before(numbers).view(np.uint64)
-        changed: NDArray[np.bool_] = differs.any(axis=1)
+        changed: NDArray[np.bool_] = np.logical_or.reduce(differs, axis=1)
         return changed
 
     def flush(self) -> None:
