@@ -43,6 +43,14 @@ class Disk:
         except OSError as error:
             raise StorageError.from_os(error, str(path), "write") from error
 
+    def allocate(self, descriptor: int, size: int, path: Path) -> None:
+        """Have the file system set aside `size` bytes for a file, which has that length then."""
+        self.step("allocate", str(path))
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            raise StorageError.from_os(error, str(path), "allocate") from error
+
     def fsync(self, descriptor: int, path: Path) -> None:
         """Make a file's content durable."""
         self.step("fsync", str(path))

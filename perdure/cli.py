@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
     _repository_verbs(verb)
     _retention_verbs(verb)
+    _prune_verb(verb)
     _vm_verbs(verb)
     policies = verbs.add_parser("policy", help="rules and quotas that stand in the repository", parents=[common])
     _policy_verbs(policies, common)
@@ -170,6 +171,26 @@ def _policy_verbs(policies: argparse.ArgumentParser, common: argparse.ArgumentPa
     verb("remove", "remove", "remove a policy")
 
 
+def _prune_verb(verb: _Verb) -> None:
+    prune = verb("prune", "prune_commands:prune_", "remove what no generation needs; captures go on meanwhile")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    prune.add_argument(
+        "--max-unused", type=float, metavar="PERCENT",
+        help="share of the repository that may stay unused in packs that are used in part (default 5)",
+    )  # fmt: skip
+    prune.add_argument(
+        "--max-rewrite", metavar="SIZE", help="most to rewrite of packs that are used (default 16GiB); or unlimited"
+    )
+    _lock_wait(prune)
+
+
+def _lock_wait(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--lock-wait", type=float, default=0.0, metavar="SECONDS",
+        help="how long to wait for another prune, and for writers that began before (default 0)",
+    )  # fmt: skip
+
+
 def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, plain: argparse.ArgumentParser) -> None:
     verbs = keys.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -188,7 +209,12 @@ def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, p
     remove = verb("remove", "remove", "remove a key slot; the last usable one stays")
     remove.add_argument("slot", metavar="SLOT", help="the beginning of its id")
     verb("change-passphrase", "change_passphrase", "replace the slot that the passphrase opens by one with a new one")
-    verb("rotate", "rotate", "new data key and signing key for what is written from now on")
+    rotate = verb("rotate", "rotate", "new data key and signing key for what is written from now on")
+    rotate.add_argument("--rewrite", action="store_true", help="then seal anew what was written before")
+    rotate.add_argument(
+        "--resume", action="store_true", help="no new keys: go on sealing anew what is still of earlier epochs"
+    )
+    _lock_wait(rotate)
     export = verb("export-public", "export_public", "the public key for `perdure check --public-key`")
     export.add_argument("file", metavar="FILE", nargs="?", help="a file that does not exist; else standard output")
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from base.errors import ConflictError, NotFoundError, StorageError, UsageError
+from base.errors import ConflictError, LockedError, NotFoundError, StorageError, UsageError
 from base.units import format_size
 from perdure import places
 from perdure.credentials import credential, new_credential
-from perdure.opening import repository_path
+from perdure.opening import opened, repository_path
 from perdure.output import Output, moment, table
+from perdure.prune_commands import rewrite, rewrite_text
 from store.format_keys import Argon2Parameters, SlotKind
 from store.history import History
 from store.keychain import Keychain, left_over, read_key_files, recognise
@@ -95,14 +96,19 @@ def change_passphrase(options: Namespace) -> None:
     )
 
 
-def rotate(options: Namespace) -> None:
+def rotate(options: Namespace) -> int:
     """`perdure key rotate`: what is written from now on has a new data key and a new signing key.
 
     The slot that was opened is made anew, so that it trusts the new signing key and no older one; nobody else's can be,
-    since that takes his passphrase. Packs of earlier epochs stay as they are: sealing them again is a matter of packs,
-    and would follow here.
+    since that takes his passphrase. With --rewrite packs of earlier epochs are sealed anew after that; --resume goes
+    on with that alone, where it was cut off.
     """
     given = credential()
+    output = Output(options.json, options.quiet)
+    if options.resume:
+        rewritten, code = _rewrite(options, given, output)
+        output.result({"rewrite": rewritten}, lambda: rewrite_text(rewritten))
+        return code
     with _keychain(options, given) as chain:
         own = chain.own
         label, parameters = (own.header.label, own.header.parameters) if own.header else ("", None)
@@ -116,7 +122,19 @@ def rotate(options: Namespace) -> None:
             "public_key": keys.public_key.hex(),
             "outdated_slots": outdated,
         }
-    Output(options.json, options.quiet).result(document, lambda: _rotate_text(document, outdated))
+    code = 0
+    if options.rewrite:
+        try:
+            document["rewrite"], code = _rewrite(options, given, output)
+        except LockedError as error:
+            raise LockedError(f"epoch {document['epoch']} has begun, but nothing was sealed anew: {error}") from error
+    output.result(document, lambda: _rotate_text(document, outdated))
+    return code
+
+
+def _rewrite(options: Namespace, given: Credential, output: Output) -> tuple[dict[str, Any], int]:
+    with opened(repository_path(options.repository), given=given, progress=output.progress()) as repository:
+        return rewrite(repository, options.lock_wait, output.progress())
 
 
 def export_public(options: Namespace) -> None:
@@ -244,6 +262,8 @@ def _rotate_text(document: dict[str, Any], outdated: list[str]) -> Iterator[str]
             f"{len(outdated)} key slots of others still trust the signing key before: {', '.join(outdated)}. "
             "If that one was stolen, have them made anew (`perdure key change-passphrase`)"
         )
+    if "rewrite" in document:
+        yield from rewrite_text(document["rewrite"])
 
 
 def _audit_text(report: Report, not_verified: tuple[str, ...]) -> Iterator[str]:

@@ -29,13 +29,18 @@ def repository_path(given: str | None) -> Path:
 
 
 @contextmanager
-def opened(path: Path, *, workers: bool = False, progress: Progress = silent) -> Iterator[Repository]:
-    """The repository, unlocked. `workers` makes a pool first: processes are forked before LMDB is opened."""
+def opened(
+    path: Path, *, workers: bool = False, progress: Progress = silent, given: Credential | None = None
+) -> Iterator[Repository]:
+    """The repository, unlocked. `workers` makes a pool first: processes are forked before LMDB is opened.
+
+    `given`: what opens it, if that was asked for already.
+    """
     read_mark(path)
     keep_freed_memory()
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
-        given = credential()
+        given = given or credential()
         keys = unlock(read_key_files(path), given)
         state = places.repository_state(keys.repository_id)
         with Repository(

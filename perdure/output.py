@@ -13,7 +13,7 @@ import msgspec
 from base.progress import Progress, silent
 from base.units import format_size
 
-_COUNTED_IN_ITEMS = ("indexing", "checking", "reading packs")
+_COUNTED_IN_ITEMS = ("indexing", "checking", "reading packs", "marking", "putting in order")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def init(options: Namespace) -> None:
     """`perdure init`"""
+    from base.disk import Disk
+    from store import reserve
     from store.repository import create
     from store.slots import new_keyring
 
@@ -40,6 +42,7 @@ def init(options: Namespace) -> None:
     given = credential(new=True)
     made = new_keyring(given)
     create(path, made.files, made.keys, PackingSettings(level=options.compression_level))
+    reserve.make(path, Disk())  # where there is no room for it, there is none to be set aside
     identity = made.keys.repository_id.hex()
     what = "passphrase" if isinstance(given, bytes) else "key file"
     _output(options).result(

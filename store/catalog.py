@@ -194,6 +194,10 @@ class Catalog:
         """Whether a swap has removed this pack: its file may go."""
         return self._get(txn, "pack_ids", pack_id) == _NUMBER.pack(0)
 
+    def names(self, txn: lmdb.Transaction, pack_id: bytes) -> bool:
+        """Whether some record names this pack, be it there, removed or damaged."""
+        return any(self._get(txn, database, pack_id) is not None for database in ("pack_ids", "damaged"))
+
     def _doom(self, txn: lmdb.Transaction, pack_ids: list[bytes], sequence: int) -> None:
         since = {bytes(each["pack_id"]): int(each["since"]) for each in self.doomed(txn)}
         rows = [

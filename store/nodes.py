@@ -86,6 +86,15 @@ class StoredNodes:
         with self._environment.read() as txn:
             return self._index.lookup(txn, ids)
 
+    def locate_to_keep(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
+        """Locations (n,) of what is in use: the reusable ones where there are such, else any."""
+        with self._environment.read() as txn:
+            locations = self._index.lookup(txn, ids, self._packs.avoided(txn))
+            rest = np.flatnonzero(locations["pack"] == 0)
+            if len(rest):
+                locations[rest] = self._index.lookup(txn, ids[rest])
+        return locations
+
     def reusable(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
         """The same, only where a new generation may rely on it: in packs that are there. A commit looks once more."""
         while True:

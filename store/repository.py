@@ -373,12 +373,18 @@ class Repository:
         body = DoomBody(time=_now(), host=socket.gethostname(), packs=tuple(each.hex() for each in packs))
         return self._commit(layout.RECORD_DOOM, lambda _: (body, bytes(16), 0, layout.ZERO_ID), []).header.sequence
 
-    def swap(self, added: list[PackInfo], removed: Sequence[bytes], relied: Set[int] = frozenset()) -> int:
+    def swap(
+        self,
+        added: list[PackInfo],
+        removed: Sequence[bytes],
+        relied: Set[int] = frozenset(),
+        require: Callable[[lmdb.Transaction], None] = lambda _: None,
+    ) -> int:
         """Append the record that puts packs, visible and durable, in the place of doomed ones; gives its sequence.
 
-        `relied`: numbers of other packs that hold what is taken away with `removed`. The repository's lock for pruning
-        is held. Raises ConflictError (others have changed meanwhile what this stands on: nothing was done),
-        UncertainCommitError, StorageError.
+        `relied`: numbers of other packs that hold what is taken away with `removed`; `require` is asked in the same
+        transaction and raises if it must not be. The repository's lock for pruning is held. Raises ConflictError
+        (others have changed meanwhile what this stands on: nothing was done), UncertainCommitError, StorageError.
         """
         body = SwapBody(
             time=_now(),
@@ -388,6 +394,7 @@ class Repository:
         )
 
         def checked(txn: lmdb.Transaction) -> _Append:
+            require(txn)
             doomed = self.catalog.doomed(txn)
             if not self.catalog.has_packs(txn, set(relied)) or set(doomed["pack"].tolist()) & relied:
                 raise ConflictError("packs that hold what others share with them were doomed or removed meanwhile")
@@ -596,6 +603,17 @@ class Repository:
         if not isinstance(genesis, GenesisBody):
             raise IntegrityError(layout.record_name(1), "is not the beginning of a history")
         self.settings = PackingSettings(genesis.level, genesis.frame_bytes, genesis.pack_bytes)
+
+    def record(self, sequence: int) -> Record:
+        """A record that was replayed before, verified but for its link. Raises IntegrityError, StorageError."""
+        return decode_record(self.keys, self._record_bytes(sequence), sequence, None)
+
+    def generation_at(self, sequence: int) -> Generation:
+        """A generation by its record, be it forgotten or not. Raises IntegrityError, StorageError."""
+        record = self.record(sequence)
+        if not isinstance(record.body, GenerationBody):
+            raise IntegrityError(layout.record_name(sequence), "a lease names it as a generation, which it is not")
+        return generation_of(record.header, record.body, record.id)
 
     def _record_bytes(self, sequence: int) -> bytes:
         return self.storage.get(layout.record_name(sequence))
