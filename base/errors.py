@@ -67,9 +67,24 @@ class RepositoryMissingError(PerdureError):
 
 
 class LockedError(PerdureError):
-    """Somebody else holds a lock that is needed."""
+    """Somebody else holds a lock that is needed.
+
+    Attributes: `pid`, `host`, `purpose`, `since` (RFC 3339) of the holder; None where it is not known.
+    """
 
     exit_code = 11
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pid: int | None = None,
+        host: str | None = None,
+        purpose: str | None = None,
+        since: str | None = None,
+    ) -> None:
+        self.pid, self.host, self.purpose, self.since = pid, host, purpose, since
+        super().__init__(message)
 
 
 class WrongPassphraseError(PerdureError):

@@ -26,6 +26,7 @@ environment:
   PERDURE_PASSWORD          the passphrase itself (discouraged: other processes of yours can read it)
   PERDURE_NEW_PASSWORD_FILE, _COMMAND, PERDURE_NEW_PASSWORD
                             the same for the new passphrase of `perdure key add` and `change-passphrase`
+  PERDURE_LOCK_WAIT         seconds to wait for others, if --lock-wait is not given
   PERDURE_STATE_DIR         local state: index, remembered history, sockets
 
 exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 11 locked; 12 wrong passphrase;
@@ -37,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; gives its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     options = parser().parse_args(
-        arguments, argparse.Namespace(repository=None, key_file=None, json=False, quiet=False)
+        arguments, argparse.Namespace(repository=None, key_file=None, lock_wait=None, json=False, quiet=False)
     )
+    if options.lock_wait is not None:
+        os.environ["PERDURE_LOCK_WAIT"] = options.lock_wait
     if options.key_file is not None:
         os.environ["PERDURE_KEY_FILE"] = options.key_file  # as a passphrase does, it reaches every command the same way
     module, _, name = options.command.partition(":")
@@ -64,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     plain = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     plain.add_argument("-r", "--repository", metavar="PATH", help="the repository")
     plain.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    plain.add_argument(
+        "--lock-wait", metavar="SECONDS", help="wait for others for at most so long; then exit 11, and say for whom"
+    )
     plain.add_argument("--quiet", action="store_true", help="no text and no progress")
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, parents=[plain])
     common.add_argument("--key-file", metavar="FILE", help="key file that unlocks it, in place of a passphrase")

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from base.allocation import keep_freed_memory
-from base.errors import RepositoryMissingError, WrongPassphraseError
+from base.errors import RepositoryMissingError, UsageError, WrongPassphraseError
 from base.progress import Progress, silent
 from base.workers import WorkerPool, usable_cores
 from perdure import places
 from perdure.credentials import credential, stands_somewhere
+from store.environment import LOCK_WAIT_S
 from store.keychain import read_key_files
 from store.keys import Keys
 from store.lanes import serve_chunker
@@ -28,6 +29,20 @@ def repository_path(given: str | None) -> Path:
     return Path(path).absolute()
 
 
+def lock_wait_s(default: float = LOCK_WAIT_S) -> float:
+    """Seconds from --lock-wait or PERDURE_LOCK_WAIT. Raises UsageError."""
+    given = os.environ.get("PERDURE_LOCK_WAIT")
+    if not given:
+        return default
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(f"--lock-wait (or PERDURE_LOCK_WAIT) is a number of seconds, and {given!r} is none")
+    return seconds
+
+
 @contextmanager
 def opened(
     path: Path, *, workers: bool = False, progress: Progress = silent, given: Credential | None = None
@@ -37,6 +52,7 @@ def opened(
     `given`: what opens it, if that was asked for already.
     """
     read_mark(path)
+    wait_s = lock_wait_s()
     keep_freed_memory()
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
@@ -44,7 +60,13 @@ def opened(
         keys = unlock(read_key_files(path), given)
         state = places.repository_state(keys.repository_id)
         with Repository(
-            path, keys, state, pool=pool, progress=progress, unlock=lambda: _unlock_again(path, given)
+            path,
+            keys,
+            state,
+            pool=pool,
+            progress=progress,
+            unlock=lambda: _unlock_again(path, given),
+            lock_wait_s=wait_s,
         ) as repository:
             yield repository
     finally:

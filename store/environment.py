@@ -5,7 +5,8 @@ It is a private folder (0700) on a local file system:
     index.lmdb, index.lmdb-lock   LMDB's own
     lock                          flock, shared, of every process that has it open; holds the marker of
                                   store.examination
-    gate                          flock, exclusive, while somebody opens, closes or discards
+    gate                          lock (base.locks) of whoever opens, closes or discards
+    writing                       lock of whoever has the write transaction, so that others know, and can wait in time
     <role>.role                   flock of whoever does a job that one process at a time does
 
 Invariants:
@@ -22,8 +23,8 @@ Invariants:
 - A damaged index is found before it is mapped where that is possible (store.examination), and thrown away.
 
 May be shared between threads; a transaction belongs to the thread that began it. LMDB allows one writer among all
-processes: keep write transactions short. Read transactions never wait, but keep every page alive that is newer
-than they are: do not hold one while waiting for anything.
+processes: keep write transactions short. Who reads never waits for who writes, also at opening (store.handles). But a
+read transaction keeps every page alive that is newer than it is: do not hold one while waiting for anything.
 """
 
 from __future__ import annotations
@@ -34,26 +35,25 @@ import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lmdb
 
+from base import locks
 from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, LockedError, StorageError
 from store import examination
+from store.handles import MAP_SIZE, Handles
 
 if TYPE_CHECKING:
     Transaction = lmdb.Transaction[memoryview]
 
-MAP_SIZE = 1 << 40
-"""Bytes of address space, and the most that the index can grow to. Sparse: costs nothing until used."""
+LOCK_WAIT_S = 600.0
+"""How long to wait for others, where nothing else was asked for: longer than anything that is done under a lock."""
 
-MAX_DATABASES = 32
-_MAX_READERS = 1022
 _NO_SPACE_BYTES = 1 << 20
 
 _NETWORK = re.compile(
@@ -75,8 +75,8 @@ class Environment:
     """An open LMDB environment with its named databases; a context manager.
 
     `directory` is made if it is missing. `databases` are opened or made. `mac_key` (32 bytes) lets a child check the
-    index after an unclean shutdown. `wait_s`: how long to wait while another process opens or examines it. LMDB does
-    its own writing: of `disk` only `step` is called, before a commit and before a sync.
+    index after an unclean shutdown. `wait_s`: how long to wait while another process opens, examines or writes it.
+    LMDB does its own writing: of `disk` only `step` is called, before a commit and before a sync.
 
     Raises IndexLostError when what was there cannot be trusted: it has been thrown away, and opening again makes
     an empty one. Raises ConflictError (open in this process already), LockedError, StorageError.
@@ -88,7 +88,7 @@ class Environment:
         databases: Sequence[str],
         *,
         mac_key: bytes,
-        wait_s: float = 600.0,
+        wait_s: float = LOCK_WAIT_S,
         disk: Disk | None = None,
     ) -> None:
         _prepare(directory)
@@ -97,6 +97,7 @@ class Environment:
         self.path = self.directory / "index.lmdb"
         self._pid = os.getpid()
         self._lock = -1
+        self.wait_s = wait_s
         before = _open.get(self.directory)
         if before is not None and before._pid != self._pid:
             raise ConflictError(f"{self.path}: open in the process that this one was forked from")
@@ -105,7 +106,7 @@ class Environment:
                 raise ConflictError(f"{self.path}: open in this process already")
             _open[self.directory] = self
         try:
-            with _gate(self.directory, wait_s):
+            with self._gate("opening the index", wait_s):
                 self._enter(databases, mac_key)
         except BaseException:
             self._leave()
@@ -119,25 +120,34 @@ class Environment:
 
     def database(self, name: str) -> lmdb._Database:
         """Handle of one of the databases named at opening."""
-        return self._databases[name]
+        return self._handles.database(name)
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A snapshot. Values are memoryviews of the map: copy what is to live longer than the transaction.
 
-        Raises IndexLostError, StorageError; LMDB's errors inside the block become one of these.
+        Never waits. Raises IndexLostError, StorageError; LMDB's errors inside the block become one of these.
         """
-        with self._transaction(write=False) as txn:
+        self._check_process()
+        with self._translating(), self._handles.read() as txn:
+            self._require_current()
             yield txn
 
     @contextmanager
-    def write(self) -> Iterator[Transaction]:
+    def write(self, purpose: str = "changing the index", wait_s: float | None = None) -> Iterator[Transaction]:
         """The one write transaction; waits for others to end theirs. Commits unless the block raises.
 
-        What it changes stays in memory until then. Values got from it are valid until the next change.
-        Raises IndexLostError, StorageError (the disk is full, for one): then nothing has changed.
+        What it changes stays in memory until then. Values got from it are valid until the next change. `purpose` is
+        what others are told who wait; `wait_s` None: as long as was said at opening. No thread asks for it inside a
+        `read`. Raises LockedError, IndexLostError, StorageError (the disk is full, for one): then nothing has changed.
         """
-        with self._transaction(write=True) as txn:
+        self._check_process()
+        with (
+            locks.held(self.directory / "writing", purpose, self.wait_s if wait_s is None else wait_s),
+            self._translating(),
+            self._handles.write() as txn,
+        ):
+            self._require_current()
             yield txn
             self._disk.step("lmdb commit", str(self.path))
 
@@ -145,10 +155,11 @@ class Environment:
         """Make all that is committed durable; needed before removing from the repository what the index claimed."""
         self._check_process()
         self._disk.step("lmdb sync", str(self.path))
-        try:
-            self._lmdb.sync(True)
-        except lmdb.Error as error:
-            raise self._translated(error) from error
+        if not self._handles.writable:
+            with self.write("making the index durable"):
+                pass
+        with self._translating():
+            self._handles.sync()
 
     @contextmanager
     def role(self, name: str) -> Iterator[bool]:
@@ -164,22 +175,22 @@ class Environment:
         them has under way is not lost, since its record is in the repository.
         """
         self._check_process()
-        with _gate(self.directory, None):
+        with self._gate("throwing away a damaged index", LOCK_WAIT_S):
             if self._is_current():
                 # It may be too damaged for a transaction.
-                with suppress(lmdb.Error), self._lmdb.begin(write=True):
+                with suppress(lmdb.Error), self._handles.write():
                     _remove(self.path)
                 _remove(self.path)
-            self._lmdb.close()
+            self._handles.close()
         self._leave()
 
     def close(self) -> None:
         """Close it; the last process to do so marks it as left in order. Never raises; safe to call twice."""
         if self._lock < 0 or self._pid != os.getpid():
             return
-        self._lmdb.close()
+        self._handles.close()
         # Where it fails, the index stays marked as open, and the next to open it takes a closer look.
-        with suppress(StorageError, LockedError, OSError), _gate(self.directory, 10.0):
+        with suppress(StorageError, LockedError, OSError), self._gate("closing the index", 10.0):
             if self._is_current() and _try_lock(self._lock, fcntl.LOCK_EX):
                 examination.write_marker(self._lock, "closed", self.path)
         self._leave()
@@ -196,18 +207,16 @@ class Environment:
                 problem = examination.distrust(self.path, examination.read_marker(self._lock), mac_key)
                 if problem is not None:
                     raise IndexLostError(str(self.path), f"the index of this host is lost: {problem}")
-            self._lmdb = self._map()
+            self._handles = self._open_handles(databases)
             try:
                 facts = self.path.stat()
                 self._identity = facts.st_dev, facts.st_ino
-                self._databases = self._open_databases(databases)
-                self._lmdb.reader_check()
                 if alone:
                     with suppress(OSError):  # a full disk: the old marker does not fit the file for long
                         examination.write_marker(self._lock, "open", self.path)
                 fcntl.flock(self._lock, fcntl.LOCK_SH)  # exclusive only inside the gate, so this never waits
             except BaseException:
-                self._lmdb.close()
+                self._handles.close()
                 raise
         except OSError as error:
             raise StorageError.from_os(error, error.filename or str(self.path), "open") from error
@@ -220,35 +229,28 @@ class Environment:
             _remove(self.path)
             raise
 
-    def _map(self) -> lmdb.Environment:
-        # meminit stays on: without it, whatever was in this process's memory would get into the file.
-        return lmdb.open(
-            str(self.path),
-            subdir=False,
-            map_size=MAP_SIZE,
-            metasync=False,
-            mode=0o600,
-            max_dbs=MAX_DATABASES,
-            max_readers=_MAX_READERS,
-            max_spare_txns=1,
-            lib_version=0,
-        )
+    def _open_handles(self, databases: Sequence[str]) -> Handles:
+        """For writing, unless another process writes just now: then for reading, which waits for nobody."""
+        try:
+            with locks.held(self.directory / "writing", "opening the index", 0):
+                return Handles(self.path, databases, writable=True)
+        except LockedError:
+            return Handles(self.path, databases, writable=False)
 
-    def _open_databases(self, names: Sequence[str]) -> dict[str, lmdb._Database]:
-        """Handles; waits for a writer, since py-lmdb keeps only handles that a write transaction opened."""
-        with self._lmdb.begin(write=True) as txn:
-            return {each: self._lmdb.open_db(each.encode(), txn=txn) for each in names}
+    def _gate(self, purpose: str, wait_s: float) -> AbstractContextManager[None]:
+        """Alone among those who open, close and discard. Raises LockedError."""
+        return locks.held(self.directory / "gate", purpose, wait_s)
 
     @contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[Transaction]:
-        self._check_process()
+    def _translating(self) -> Iterator[None]:
         try:
-            with self._lmdb.begin(write=write, buffers=True) as txn:
-                if not self._is_current():
-                    raise IndexLostError(str(self.path), "another process found the index damaged and replaced it")
-                yield txn
+            yield
         except lmdb.Error as error:
             raise self._translated(error) from error
+
+    def _require_current(self) -> None:
+        if not self._is_current():
+            raise IndexLostError(str(self.path), "another process found the index damaged and replaced it")
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
@@ -337,18 +339,6 @@ def _prepare(directory: Path) -> None:
             directory.chmod(0o700)
     except OSError as error:
         raise StorageError.from_os(error, str(directory), "make the folder of the index") from error
-
-
-@contextmanager
-def _gate(directory: Path, wait_s: float | None) -> Iterator[None]:
-    """Alone among those who open, close and discard; None waits as long as it takes. Raises LockedError."""
-    deadline = None if wait_s is None else time.monotonic() + wait_s
-    with _descriptor(directory / "gate") as descriptor:
-        while not _try_lock(descriptor, fcntl.LOCK_EX):
-            if deadline is not None and time.monotonic() > deadline:
-                raise LockedError(f"{directory}: another process has been opening the index for {wait_s:.0f} s")
-            time.sleep(0.01)
-        yield
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from base.errors import LockedError
 from store import merging, parts, runs
 from store.environment import Environment
 from store.lookup import IndexReader
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOCATION", "Index"]
 
+_MERGING = "merging runs of the index"
 _ATTEMPTS = 3
 """Times that a step of merging is prepared outside the write transaction before commits wait for it once."""
 
@@ -108,27 +110,31 @@ class Index(IndexReader):
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         with self._environment.role("merge") as mine:
-            while mine and self.merge_step():
-                if deadline is not None and time.monotonic() > deadline:
-                    return True
+            try:
+                while mine and self.merge_step():
+                    if deadline is not None and time.monotonic() > deadline:
+                        return True
+            except LockedError:  # somebody commits: that goes first
+                return True
         return False
 
     def merge_step(self) -> bool:
         """One step of merging: reads a few parts and writes at most one. False: there was nothing to do.
 
         The work is done on a snapshot, so that the write transaction is short; if what it stands on has changed
-        meanwhile, it is done again, in the end inside the transaction. Raises IndexLostError, StorageError.
+        meanwhile, it is done again, in the end inside the transaction. Waits for nobody: raises LockedError where
+        somebody else writes, IndexLostError, StorageError.
         """
         for _ in range(_ATTEMPTS):
             with self._environment.read() as txn, self.naming():
                 step = merging.plan(self, txn, self._key)
             if step is None:
                 return False
-            with self._environment.write() as txn:
+            with self._environment.write(_MERGING, 0) as txn:
                 if all(self.get(txn, key) == value for key, value in step.expected.items()):
                     self._apply(txn, step.puts, step.deletes)
                     return True
-        with self._environment.write() as txn, self.naming():
+        with self._environment.write(_MERGING, 0) as txn, self.naming():
             step = merging.plan(self, txn, self._key)
             if step is not None:
                 self._apply(txn, step.puts, step.deletes)

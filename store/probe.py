@@ -16,7 +16,7 @@ import lmdb
 import lmdb.verify
 
 from base.errors import PerdureError
-from store.environment import MAP_SIZE, MAX_DATABASES
+from store.handles import MAP_SIZE, MAX_DATABASES
 from store.index import Index
 from store.lookup import IndexReader
 

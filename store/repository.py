@@ -28,6 +28,7 @@ from base.errors import (
     ConflictError,
     FormatVersionError,
     IntegrityError,
+    LockedError,
     NotFoundError,
     PerdureError,
     RepositoryMissingError,
@@ -42,7 +43,7 @@ from store import format as layout
 from store import leases, pagemap
 from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
 from store.chunker import PackingSettings
-from store.environment import Environment, IndexLostError
+from store.environment import LOCK_WAIT_S, Environment, IndexLostError
 from store.format_keys import keyring_name
 from store.history import History
 from store.index import Index
@@ -126,6 +127,10 @@ def read_mark(path: Path) -> bytes:
 
 _TIDY_SECONDS = 0.2
 """Merging of the index when a repository is closed."""
+_PURPOSES = {layout.RECORD_GENERATION: "committing a generation", layout.RECORD_TOMBSTONE: "forgetting a generation"}
+_INDEXING = "indexing records"
+_GLANCE_S = 0.01
+"""As long as it may take somebody to write down what he has taken a lock for."""
 _REPLAY_AT_ONCE = 64
 """Records replayed in one LMDB transaction: an interrupted indexing goes on from there."""
 
@@ -135,7 +140,9 @@ class Repository:
 
     `state` is this host's private folder for it (index and remembered history). `pool` (made with
     store.lanes.serve_chunker, before this is opened) takes large work. `unlock` opens the newest keyring again after
-    somebody has changed keys; without it, this stops where the first record of a newer epoch stands.
+    somebody has changed keys; without it, this stops where the first record of a newer epoch stands. `lock_wait_s`
+    bounds every wait for other processes of this host (LockedError). Who reads waits for nobody, but for one who opens
+    the index or fills it.
     """
 
     def __init__(
@@ -148,6 +155,7 @@ class Repository:
         progress: Progress = silent,
         disk: Disk | None = None,
         unlock: Callable[[], Keys] | None = None,
+        lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         if read_mark(path) != keys.repository_id:
             raise IntegrityError(str(path / "config"), "belongs to another repository than the keys beside it")
@@ -163,7 +171,7 @@ class Repository:
         keys = self.keys = self._newest_keys()
         with ExitStack() as undo:
             undo.callback(self.storage.close)
-            self.environment = self._open_environment(state)
+            self.environment = self._open_environment(state, lock_wait_s)
             undo.callback(self.environment.close)
             self.index = Index(self.environment, keys.index_mac_key)
             self.catalog = Catalog(self.environment, self.index)
@@ -171,7 +179,7 @@ class Repository:
             self._replay = Replay(self.storage, self.catalog, self._history, self._keys_for)
             self.nodes = StoredNodes(self.environment, self.index, self.frames, self)
             self._read_settings()
-            self.refresh(progress)
+            self.refresh(progress, wait=False)
             self._look_again_at_damaged()
             self._require_no_gap()
             self._history.check(self._remembered_hash)
@@ -195,8 +203,12 @@ class Repository:
         with self.environment.read() as txn:
             return self.catalog.last(txn)[0]
 
-    def refresh(self, progress: Progress = silent) -> None:
-        """Replay what other processes have committed. Raises IntegrityError when history was changed or went back."""
+    def refresh(self, progress: Progress = silent, *, wait: bool = True) -> None:
+        """Replay what other processes have committed. Raises IntegrityError when history was changed or went back.
+
+        Without `wait`, what another process of this host commits just now may be missed, as if this had been called
+        before; but not what it is only indexing, since that may be everything. Raises LockedError after that wait.
+        """
         with self.environment.read() as txn:
             sequence, last = self.catalog.last(txn)
         if sequence:
@@ -206,9 +218,17 @@ class Repository:
                     layout.record_name(sequence), "is not the record that this host has seen: history was changed"
                 )
             self._require_epoch_of(data, sequence)  # another process of this host may have replayed it
+        wait = wait or not sequence
         while self.storage.exists(layout.record_name(sequence + 1)):
-            with self.environment.write() as txn:
-                sequence = self._replay.forward(txn, progress, _REPLAY_AT_ONCE)
+            try:
+                with self.environment.write(_INDEXING, None if wait else _GLANCE_S) as txn:
+                    sequence = self._replay.forward(txn, progress, _REPLAY_AT_ONCE)
+            except LockedError as error:
+                if wait:
+                    raise
+                if error.purpose not in (_INDEXING, None):
+                    break
+                wait = True
         self.storage.close_deleted()
         self._remember()
 
@@ -282,7 +302,7 @@ class Repository:
             self.leases, self.sequence, purpose, role=role, generations=[each.sequence for each in generations]
         )
         try:
-            self.refresh()
+            self.refresh(wait=role != leases.READER)  # who misses a pack looks again, and waits then
             for each in generations:
                 if not self.has(each):
                     raise NotFoundError(f"generation {each.name} was forgotten")
@@ -480,7 +500,7 @@ class Repository:
         next opened."""
         record: Record | None = None
         try:
-            with self.environment.write() as txn:
+            with self.environment.write(_PURPOSES.get(kind, "appending a record")) as txn:
                 record = self._append(txn, kind, numbered, packs)
         except (StorageError, IndexLostError):
             if record is None:
@@ -543,7 +563,7 @@ class Repository:
                 problem = error.problem
             lost.append(DamagedPack(pack_id=entry.header.pack_id.hex(), problem=problem))
         if lost:
-            with self.environment.write() as txn:
+            with self.environment.write("noting packs that are gone") as txn:
                 for each in lost:
                     self.catalog.note_damage(txn, each)
         return swapped or bool(lost)
@@ -553,9 +573,9 @@ class Repository:
         with self.environment.read() as txn:
             noted = self.catalog.damaged(txn)
         for each in noted:
-            with suppress(IntegrityError, FormatVersionError, StorageError):
+            with suppress(IntegrityError, FormatVersionError, StorageError, LockedError):
                 pack = read_pack(self.storage, self.keys, bytes.fromhex(each.pack_id))
-                with self.environment.write() as txn:
+                with self.environment.write("noting a pack that was put back", 0) as txn:
                     self.catalog.heal_pack(txn, pack)
 
     def _require_epoch_of(self, data: bytes, sequence: int) -> None:
@@ -626,7 +646,7 @@ class Repository:
         with self.environment.read() as txn:
             self._history.advance(*self.catalog.last(txn))
 
-    def _open_environment(self, state: Path) -> Environment:
+    def _open_environment(self, state: Path, wait_s: float) -> Environment:
         """Open the index; one that was lost or cannot be trusted is made anew and filled by replay."""
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -634,8 +654,8 @@ class Repository:
             raise StorageError.from_os(error, str(state), "make the folder") from error
 
         def opened() -> Environment:
-            names = (*DATABASES, *Index.DATABASES)
-            return Environment(state / INDEX_FOLDER, names, mac_key=self.keys.index_mac_key, disk=self.disk)
+            names, key = (*DATABASES, *Index.DATABASES), self.keys.index_mac_key
+            return Environment(state / INDEX_FOLDER, names, mac_key=key, wait_s=wait_s, disk=self.disk)
 
         try:
             return opened()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from base.errors import ConflictError, LockedError, StorageError
-from store import environment, examination, probe
+from store import environment, examination, handles, probe
 from store.environment import Environment, IndexLostError, file_system, is_network
 from store.index import LOCATION, Index
 
@@ -213,7 +213,7 @@ def test_opening_waits_for_who_examines_it_but_not_for_ever(tmp_path):
 
 
 def test_a_full_map_is_told_and_survived(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "MAP_SIZE", 1 << 20)
+    monkeypatch.setattr(handles, "MAP_SIZE", 1 << 20)
     with opened(tmp_path) as env:
         put(env, b"a", b"1")
         with pytest.raises(StorageError, match="limit") as caught:
