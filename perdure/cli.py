@@ -187,14 +187,6 @@ def _prune_verb(verb: _Verb) -> None:
     prune.add_argument(
         "--max-rewrite", metavar="SIZE", help="most to rewrite of packs that are used (default 16GiB); or unlimited"
     )
-    _lock_wait(prune)
-
-
-def _lock_wait(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--lock-wait", type=float, default=0.0, metavar="SECONDS",
-        help="how long to wait for another prune, and for writers that began before (default 0)",
-    )  # fmt: skip
 
 
 def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, plain: argparse.ArgumentParser) -> None:
@@ -220,7 +212,6 @@ def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, p
     rotate.add_argument(
         "--resume", action="store_true", help="no new keys: go on sealing anew what is still of earlier epochs"
     )
-    _lock_wait(rotate)
     export = verb("export-public", "export_public", "the public key for `perdure check --public-key`")
     export.add_argument("file", metavar="FILE", nargs="?", help="a file that does not exist; else standard output")
 

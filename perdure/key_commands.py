@@ -16,7 +16,7 @@ from base.errors import ConflictError, LockedError, NotFoundError, StorageError,
 from base.units import format_size
 from perdure import places
 from perdure.credentials import credential, new_credential
-from perdure.opening import opened, repository_path
+from perdure.opening import lock_wait_s, opened, repository_path
 from perdure.output import Output, moment, table
 from perdure.prune_commands import rewrite, rewrite_text
 from store.format_keys import Argon2Parameters, SlotKind
@@ -134,7 +134,7 @@ def rotate(options: Namespace) -> int:
 
 def _rewrite(options: Namespace, given: Credential, output: Output) -> tuple[dict[str, Any], int]:
     with opened(repository_path(options.repository), given=given, progress=output.progress()) as repository:
-        return rewrite(repository, options.lock_wait, output.progress())
+        return rewrite(repository, lock_wait_s(0.0), output.progress())
 
 
 def export_public(options: Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from base.errors import UsageError
 from base.progress import Progress
 from base.units import format_size, parse_size
-from perdure.opening import opened, repository_path
+from perdure.opening import lock_wait_s, opened, repository_path
 from perdure.output import Output
 from store.leases import HeldLease
 from store.prune import PruneResult, prune
@@ -29,13 +29,12 @@ def prune_(options: Namespace) -> int:
     """`perdure prune`"""
     output = Output(options.json, options.quiet)
     settings = _settings(options)
-    if options.lock_wait < 0:
-        raise UsageError(f"--lock-wait is a number of seconds, and {options.lock_wait:g} is none")
+    wait_s = lock_wait_s(0.0)
     with opened(repository_path(options.repository), progress=output.progress()) as repository:
         planned, result = prune(
             repository,
             settings,
-            wait_s=options.lock_wait,
+            wait_s=wait_s,
             dry_run=options.dry_run,
             keep_reserve=True,
             progress=output.progress(),

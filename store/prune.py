@@ -37,10 +37,11 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from base import locks
 from base.errors import ConflictError, IntegrityError, StorageError
 from base.progress import Progress, silent
 from store import format as layout
-from store import leases, locks, reserve
+from store import leases, reserve
 from store.index import LOCATION
 from store.leases import HeldLease
 from store.liveness import Bits, Marks, Slots, in_frames, use_of
@@ -482,7 +483,7 @@ def prune(
 
     Raises LockedError (another one is at work), and what `Prune.steps` does.
     """
-    with locks.exclusive(repository.leases / LOCK, "pruning", wait_s):
+    with locks.held(repository.leases / LOCK, "pruning", wait_s):
         work = Prune(repository, settings, wait_s=wait_s, dry_run=dry_run, keep_reserve=keep_reserve, progress=progress)
         for _ in work.steps():
             pass

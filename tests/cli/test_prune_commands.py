@@ -44,7 +44,7 @@ def test_prune_gives_back_and_says_what(pruned):
     assert "would rewrite" in pruned("prune", "--dry-run", "--max-unused", 0).stdout.decode()
     with (pruned.repository / "leases" / "prune.lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "the repository is locked" in pruned.error("prune", "--max-unused", 0, code=11)
+        assert "another process holds" in pruned.error("prune", "--max-unused", 0, code=11)
     done = pruned.json("prune", "--max-unused", 0)
     assert done["rewritten_packs"] and done["freed_bytes"] > 0 and not done["waiting"]
     assert not packs(pruned) & {each["pack"] for each in dry["rewrite"]}

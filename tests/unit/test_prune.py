@@ -7,9 +7,10 @@ import pytest
 from minimal_reader import Reader
 from store_fixtures import PASSPHRASE, add, content, image, memory_file, place
 
+from base import locks
 from base.errors import IntegrityError, LockedError
 from store import format as layout
-from store import leases, locks
+from store import leases
 from store.check import check_repository
 from store.chunker import PackingSettings
 from store.prune import LOCK, Prune, prune
@@ -211,7 +212,7 @@ def test_files_that_were_swapped_out_and_not_removed_go_with_the_next_prune():
 
 def test_one_prune_at_a_time():
     with place(SMALL) as where, where.open() as repository:
-        with locks.exclusive(repository.leases / LOCK, "a test"), pytest.raises(LockedError, match="a test by process"):
+        with locks.held(repository.leases / LOCK, "a test", 0), pytest.raises(LockedError, match="a test since"):
             prune(repository, NOTHING)
         assert prune(repository, NOTHING)[1].removed_packs == 0
         assert leases.held(repository.leases) == []
