@@ -7,9 +7,11 @@ and then, in this order:
 2. Writers whose lease is older than that record may have found chunks in these packs: they are waited for, readers
    never are. Which packs are handled is decided pack by pack, by the record since which each is doomed, so what a
    busy repository does not allow now is done by the next prune.
-3. What came since is marked as well: the history is replayed, then leases are listed, then the generations that are
-   there and those that leases stand on are walked. Whoever begins later has replayed the doom, and stands on
-   generations that were there, so nothing that he can come to need is only in packs without a mark.
+3. What came since is marked as well: leases are listed, then the history is replayed, then the generations that leases
+   stand on are walked, those that are there, and all that were made since the first marking, be they forgotten by now
+   or not. Whoever takes his lease after that list has replayed the doom, shares nothing with doomed packs by look-ups,
+   and inherits from a generation that he found there: it was there at the first marking, or is one of those made since,
+   or was made by such a writer in turn. So nothing that anybody can come to need is only in packs without a mark.
 4. *Swap* of packs in which nothing is marked, so that space comes back before any is taken. Then, slice by slice,
    what is marked and has no other place is copied in the order in which restores want it, published, and swapped in
    for the packs that it came from. A pack of which something cannot be read stays, and is doomed no longer.
@@ -116,6 +118,7 @@ class Prune:
         self.result = PruneResult()
         self.plan: PrunePlan | None = None
         self._marked: set[int] = set()
+        self._marked_to: int | None = None
         self._ready: dict[int, PackUse] = {}
 
     def steps(self) -> Iterator[str]:
@@ -170,24 +173,29 @@ class Prune:
         return [each for each in leases.held(self._repository.leases) if each.facts.role != leases.READER]
 
     def _mark(self) -> None:
-        """Mark what has not been marked: generations that are there, and those that leases stand on.
-
-        In this order: replay, generations, leases. See the module's docstring for why.
-        """
+        """Mark what has not been marked. The order of listing and replaying matters: see the module's docstring."""
         repository = self._repository
+        held = leases.held(repository.leases)
         repository.refresh()
         roots = self._generations()
-        for held in leases.held(repository.leases):
-            for sequence in held.facts.generations:
-                if sequence not in roots:
-                    roots[sequence] = repository.generation_at(sequence)
+        stood_on = {sequence for each in held for sequence in each.facts.generations}
+        for sequence in sorted(stood_on.union(self._made_since()).difference(roots)):
+            roots[sequence] = repository.generation_at(sequence)
         todo = {sequence: each for sequence, each in roots.items() if sequence not in self._marked}
         for at, (sequence, generation) in enumerate(sorted(todo.items())):
             for region in generation.regions.values():
                 self._live.mark(region.root)
             self._marked.add(sequence)
             self._progress("marking generations", at + 1, len(todo))
+        self._marked_to = repository.sequence
         self._roots = roots
+
+    def _made_since(self) -> Iterator[int]:
+        """Sequences of generations made since the marking before; none at the first."""
+        if self._marked_to is not None:
+            for sequence in range(self._marked_to + 1, self._repository.sequence + 1):
+                if isinstance(self._repository.record(sequence).body, GenerationBody):
+                    yield sequence
 
     def _generations(self) -> dict[int, Generation]:
         catalog = self._repository.catalog
@@ -220,7 +228,7 @@ class Prune:
 
     def _scatters(self) -> Iterator[Scatter]:
         """What the newest generation of each VM costs to restore. Nothing to say where packs are sealed anew."""
-        newest = {each.vm: each for each in self._roots.values()} if self._settings.epoch is None else {}
+        newest = {each.vm: each for _, each in sorted(self._roots.items())} if self._settings.epoch is None else {}
         for vm, generation in newest.items():
             marks = Marks(self._repository, self._slots)
             for region in generation.regions.values():
