@@ -8,8 +8,9 @@ are roots of liveness, also when they are forgotten meanwhile. Order is the repo
 The order that makes it safe: take the lease, then replay, then look whether the generations are still there, then look
 up the first chunk (`store.repository.Repository.lease`). Whoever prunes lists leases first and replays after that.
 So a holder that he sees is waited for, or its roots are marked; one that he does not see has replayed all that had been
-published by then, and stands on generations that prune knows, or on such as were made by others like it. A lease may then advance to the sequence that was replayed. That appends a line, and the last whole line counts:
-a reader never sees half of a change, and at worst believes the older, lower sequence.
+published by then, and stands on generations that prune knows, or on such as were made by others like it. A lease may
+then advance to the sequence that was replayed. That appends a line, and the last whole line counts: a reader never sees
+half of a change, and at worst believes the older, lower sequence.
 """
 
 from __future__ import annotations
