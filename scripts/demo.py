@@ -110,7 +110,10 @@ class Demo:
             "and nowhere before its reboots, when the data was there",
         )
         first, second = (stage.perdure("show", f"{NAME}@{number}") for number in (1, 2))
-        holds(captured == 2 and second["cause"] == "reboot", f"the second reboot was captured as generation {captured}")
+        holds(
+            captured == 2 and second["cause"] == "host reboot",
+            f"the second reboot was captured as generation {captured}",
+        )
         dirty, stored = second["dirty_bytes"], second["stored_bytes"]
         holds(dirty == written * program.PAGE, f"the guest wrote {written} pages, and {dirty} bytes count as changed")
         holds(stored < first["stored_bytes"] / 20, f"the second capture stored {stored} bytes")
@@ -147,7 +150,7 @@ class Demo:
         verified = holds_verified(stage.guest(), 1)
         holds_before_boot(stage.seen_before_boot(), 1)
         causes = [each["cause"] for each in stage.perdure("log", NAME)["generations"]]
-        holds(causes == ["reboot", "reboot", "before rollback", "rollback"], f"history is {', '.join(causes)}")
+        holds(causes == ["reboot", "host reboot", "before rollback", "rollback"], f"history is {', '.join(causes)}")
         self.times["rollback, until the data is verified"] = verified["at"] - began
         shown("e", f"perdure rollback {NAME}@1: counter 1; what there was before is {NAME}@{done['captured']}")
 
