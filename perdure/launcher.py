@@ -129,8 +129,15 @@ class Launcher:
             if (self.folder.path / name).exists():
                 self._release(self.folder.path / name)
 
-    def prepare(self, repository: Repository, generation: Generation | None, progress: Progress) -> Prepared:
-        """Blocking: new backing files with the content of a generation, verified; empty ones for None.
+    def prepare(
+        self,
+        repository: Repository,
+        generation: Generation | None,
+        progress: Progress,
+        replaces: Memory | None = None,
+    ) -> Prepared:
+        """Blocking: new backing files with the content of a generation, verified; empty ones for None. The memory
+        that they replace, if any, is released before they are launched.
 
         QEMU is found first: without one, nothing has to be restored. Raises ConflictError, IntegrityError,
         StorageError, VirtualMachineError: nothing is left then.
@@ -143,7 +150,13 @@ class Launcher:
             )
         problems = compare(self.description, self.measurements, generation)
         platform, reason = self._platform()
-        memory = Memory.prepare(self.description.name, self._free_folder(), self.description.backing_sizes)
+        memory = Memory.prepare(
+            self.description.name,
+            self._free_folder(),
+            self.description.backing_sizes,
+            replaces=replaces,
+            beside=0 if generation is None else generation.region_bytes,
+        )
         try:
             restored = None
             if generation is not None:

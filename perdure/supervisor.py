@@ -34,6 +34,8 @@ from vm.qemu import Qemu
 _TIDY_SECONDS = 0.2
 """Merging of the index after each capture, beside whatever the guest does."""
 
+_LEFT = "runs on unsupervised: take it over with perdure run"
+
 T = TypeVar("T")
 """Result of work that is sent to the repository's thread."""
 
@@ -155,7 +157,9 @@ class Supervisor:
         async with self._operation:
             machine = self.machine
             generation = await self.in_store(lambda: self._own(point))
-            prepared = await self.in_store(lambda: self.launcher.prepare(self.repository, generation, progress))
+            prepared = await self.in_store(
+                lambda: self.launcher.prepare(self.repository, generation, progress, replaces=machine.memory)
+            )
             try:
                 await machine.stop()
                 captured = None if discard else await self._capture(machine, "before rollback", None)
@@ -173,10 +177,6 @@ class Supervisor:
                 raise
             self.say(f"rolled back to {generation.name}: {prepared.summary}")
             return generation, head.parent or generation, captured
-
-    def interrupt_reason(self) -> str:
-        """What a user is told who leaves a running VM."""
-        return f"{self.vm} runs on unsupervised: take it over with perdure run"
 
     async def _start(self, begin: Begin) -> None:
         qemu = self.launcher.find()
@@ -381,7 +381,8 @@ class Supervisor:
                     await self._snapshot("terminate")
                 except PerdureError as error:
                     self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
-            self._end(Ended(self.interrupt_reason(), detached=self._machine is not None, interrupted=True))
+            runs = self._machine is not None
+            self._end(Ended(_LEFT if runs else "interrupted", detached=runs, interrupted=True))
 
     def _unless_leaving(self, what: str, done: int, total: int) -> None:
         """Progress of a start, which is interrupted where it reports: what it has made is taken back then."""

@@ -61,15 +61,19 @@ class Memory:
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def prepare(cls, vm: str, folder: Path, sizes: Mapping[str, int]) -> Memory:
+    def prepare(
+        cls, vm: str, folder: Path, sizes: Mapping[str, int], *, replaces: Memory | None = None, beside: int = 0
+    ) -> Memory:
         """Make the files of a VM that is to be launched; `sizes` are bytes by region name.
 
-        Raises ConflictError if there is memory of an earlier launch, VirtualMachineError if it does not fit into
-        what the host has free, StorageError if the host refuses.
+        Where it replaces other memory, which is given back before a guest runs in this one, no more than `beside`
+        bytes are written until then. Raises ConflictError if there is memory of an earlier launch,
+        VirtualMachineError if it does not fit into what the host has free, StorageError if the host refuses.
         """
         if cls.exists(folder):
             raise ConflictError(f"VM {vm}: the memory of an earlier run is still in {folder}")
-        needed = sum(sizes.values()) + _MARGIN
+        size = sum(sizes.values()) + _MARGIN
+        needed = size if replaces is None else max(size - replaces.resident_bytes(), beside + _MARGIN)
         _check_available(vm, needed)
         made = not folder.exists()
         try:
@@ -80,7 +84,7 @@ class Memory:
         memory = cls(vm, folder, _files(folder, sizes))
         memory._remove(folder_too=False)  # a launch that was cut short may have left its mount, or a region table
         try:
-            _mount(folder, needed)
+            _mount(folder, size)
             mount = _Mount.of(folder)
             if mount.kind != "tmpfs":
                 raise StorageError(
@@ -119,6 +123,13 @@ class Memory:
     def exists(folder: Path) -> bool:
         """Whether memory of an earlier launch is there."""
         return any(folder.glob(f"*{_SUFFIX}"))
+
+    def resident_bytes(self) -> int:
+        """What the files take of the host's memory. Raises StorageError."""
+        try:
+            return sum(file.path.stat().st_blocks * 512 for file in self.files.values())
+        except OSError as error:
+            raise StorageError.from_os(error, str(self.folder), f"look at the memory of VM {self.vm}") from error
 
     def release(self) -> None:
         """Give all of it back, content included; for a VM whose QEMU has ended. Raises StorageError."""

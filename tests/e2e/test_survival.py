@@ -468,7 +468,7 @@ def test_a_supervisor_that_is_told_to_end_leaves_its_guest_running(vm: Supervise
         history, booted = len(vm.log()), vm.guest.boot_id
         vm.run.process.send_signal(number)
         assert vm.run.ended() == 130
-        assert "runs on unsupervised" in vm.run.text
+        assert vm.run.text.endswith(f"\n{NAME}: runs on unsupervised: take it over with perdure run\n")
         assert [each["cause"] for each in vm.log()[history:]] == causes
         seen = vm.guest.run("numbers[0]")
         vm.until(lambda seen=seen: vm.guest.run("numbers[0]") > seen, "the guest goes on")

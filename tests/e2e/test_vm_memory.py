@@ -3,6 +3,7 @@
 import asyncio
 import os
 import stat
+import subprocess
 import tempfile
 import traceback
 from pathlib import Path
@@ -133,6 +134,24 @@ def test_without_privileges_a_folder_on_a_disk_is_refused():
             return sorted(folder.iterdir())
 
         assert as_nobody(work) == "[]"
+
+
+def test_memory_that_replaces_other_needs_room_only_for_what_is_there_at_the_same_time(short_folder):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=128M,uid={NOBODY}", "none", short_folder], check=True)
+
+    def work():
+        old = Memory.prepare("demo", short_folder / "memory", SIZES)
+        old.files["ram"].path.write_bytes(bytes([1]) * (60 * MIB))
+        for refused in ({}, {"replaces": old, "beside": 70 * MIB}):
+            with pytest.raises(VirtualMachineError, match="there is room for"):
+                Memory.prepare("demo", short_folder / "memory-2", SIZES, **refused)
+        new = Memory.prepare("demo", short_folder / "memory-2", SIZES, replaces=old, beside=50 * MIB)
+        return sorted(new.files)
+
+    try:
+        assert as_nobody(work) == "['pm0', 'ram']"
+    finally:
+        subprocess.run(["umount", short_folder], check=True)
 
 
 def swap(path, kind):
