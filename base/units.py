@@ -26,8 +26,10 @@ def parse_size(text: str | int) -> int:
     number, suffix = match[1], (match[2] or "").upper()
     if number[:2].lower() == "0x":
         return int(number, 16) * _SUFFIXES[suffix]
-    whole = float(number) * _SUFFIXES[suffix] if "." in number else int(number) * _SUFFIXES[suffix]
-    if whole != int(whole):
+    if "." not in number:
+        return int(number) * _SUFFIXES[suffix]
+    whole = float(number) * _SUFFIXES[suffix]
+    if not whole.is_integer():
         raise ValueError(f"{text!r} is not a whole number of bytes")
     return int(whole)
 

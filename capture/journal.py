@@ -80,7 +80,7 @@ class Journal:
 def _read(path: Path) -> _Record | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Record)
-    except (FileNotFoundError, msgspec.MsgspecError):  # never written, or damaged: there is no baseline
+    except (FileNotFoundError, ValueError, RecursionError):  # never written, or damaged: there is no baseline
         return None
     except OSError as error:
         raise StorageError.from_os(error, str(path), "read") from error

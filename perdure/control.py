@@ -314,7 +314,7 @@ def _messages(
                     yield msgspec.json.decode(line, type=_Message)
         except TimeoutError as error:
             raise WorkerError(f"VM {vm}: its supervisor said nothing for {timeout_seconds:g} s") from error
-        except ValueError as error:  # msgspec's errors: half a line, or another program
+        except (ValueError, RecursionError) as error:  # msgspec's errors: half a line, or another program
             raise WorkerError(f"VM {vm}: its supervisor's answer to {command} cannot be understood") from error
         except ConnectionError:
             return

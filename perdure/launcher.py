@@ -433,7 +433,7 @@ def _decode(qemu: Qemu) -> _Facts:
 
     try:
         return msgspec.json.decode(qemu.record.facts["launch"], type=_Facts, dec_hook=path)
-    except (KeyError, msgspec.DecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise VirtualMachineError(
             f"VM {qemu.vm} runs (process {qemu.pid}), but its record is missing or of another version: "
             f"end that process before starting the VM again"

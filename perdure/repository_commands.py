@@ -294,7 +294,7 @@ def _read_ranges(path: Path) -> list[tuple[int, int]]:
         rows = msgspec.json.decode(path.read_bytes(), type=list[tuple[int, int]])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise UsageError(f"{path}: not a list of [offset, length]: {error}") from error
     for offset, length in rows:
         if offset < 0 or length < 0 or offset + length >= 1 << 62:

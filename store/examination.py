@@ -100,7 +100,7 @@ def read_marker(descriptor: int) -> Marker | None:
     """The marker in an open lock file; None if there is none or it is torn."""
     try:
         return msgspec.json.decode(os.pread(descriptor, _MARKER_BYTES, 0), type=Marker)
-    except msgspec.MsgspecError:
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
 
 

@@ -96,6 +96,8 @@ SEALED_RECORD = 16
 
 MAX_FRAME = 16 << 20
 """A sealed frame longer than this is damage, not data: bounds what a reader allocates."""
+MAX_FOOTER = 256 << 20
+"""Of a sealed footer: ids of 8 million chunks."""
 MAX_BODY = 256 << 20
 
 
@@ -176,7 +178,7 @@ def decode_pack_trailer(data: bytes, size: int, name: str) -> tuple[int, int]:
     """(offset of the sealed footer, its length). `data` is the pack's last 16 bytes, `size` its length."""
     length, _, magic = PACK_TRAILER.unpack(data) if len(data) == PACK_TRAILER.size else (0, 0, b"")
     offset = size - PACK_TRAILER.size - length
-    if magic != PACK_END_MAGIC or offset < PACK_HEADER.size:
+    if magic != PACK_END_MAGIC or offset < PACK_HEADER.size or length > MAX_FOOTER:
         raise IntegrityError(name, "truncated or damaged: its trailer is not that of a complete pack", offset=size)
     return offset, length
 
@@ -217,7 +219,8 @@ def decode_footer(data: bytes, name: str) -> PackFooter:
             offsets = np.frombuffer(data, "<u4", frames, FOOTER_HEADER.size).astype(np.uint32)
             counts = np.frombuffer(data, "<u2", frames, FOOTER_HEADER.size + 4 * frames).astype(np.uint16)
             ids = np.frombuffer(data, np.uint8, chunks * ID_BYTES, FOOTER_HEADER.size + 6 * frames)
-            if int(counts.sum()) == chunks:
+            ascending = bool((offsets[1:] > offsets[:-1]).all()) and (not frames or offsets[0] == PACK_HEADER.size)
+            if int(counts.sum()) == chunks and ascending:
                 return PackFooter(offsets, counts, ids.reshape(chunks, ID_BYTES))
     raise IntegrityError(name, "the pack's footer makes no sense")
 

@@ -111,7 +111,7 @@ class History:
             return _Seen(0, layout.ZERO_ID.hex())
         except OSError as error:
             raise StorageError.from_os(error, str(self._path), "read") from error
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise IntegrityError(
                 str(self._path),
                 f"what this host remembers of the repository is damaged ({error}): "

@@ -27,6 +27,8 @@ from store.slots import Credential, KeyChange, NewSlot, SlotInfo
 from store.storage import LocalStorage, ObjectMissingError, Storage
 
 _SLOT = re.compile(r"keys/[0-9a-f]{16}")
+_NAME = re.compile(r"keys/[0-9a-f]{16}|keyring/[0-9]{8}")
+_BYTES_MAX = 64 << 20
 _FOLDERS = {"keys": layout.SLOT_BYTES, "keyring": layout.MAX_KEYRING}
 """Where key files lie, and the most bytes that one has."""
 
@@ -41,10 +43,14 @@ def read_key_files(path: Path) -> dict[str, bytes]:
 
 
 def key_files(storage: Storage) -> dict[str, bytes]:
-    """Like `read_key_files`. Slots are listed first: one that is seen was made before the newest keyring was."""
+    """Like `read_key_files`. Slots are listed first: one that is seen was made before the newest keyring was.
+
+    Other names are no key files. Raises IntegrityError if there are more than anybody's changes of keys leave, so that
+    who can write the folder cannot choose how much memory this takes.
+    """
     files: dict[str, bytes] = {}
     for folder in _FOLDERS:
-        _read(storage, storage.list(folder), files)
+        _read(storage, (each for each in storage.list(folder) if _NAME.fullmatch(each)), files)
     with suppress(IntegrityError, FormatVersionError):  # found again by whoever uses it
         named = (layout.slot_name(each.slot_id) for each in slots.newest(files)[0].slots)
         _read(storage, (name for name in named if name not in files), files)  # made between the two listings
@@ -53,8 +59,14 @@ def key_files(storage: Storage) -> dict[str, bytes]:
 
 def _read(storage: Storage, names: Iterable[str], files: dict[str, bytes]) -> None:
     for name in list(names):
-        with suppress(ObjectMissingError):  # deleted since it was listed
+        try:
             files[name] = storage.get_range(name, 0, _FOLDERS[name.partition("/")[0]] + 1)
+        except ObjectMissingError:  # deleted since it was listed
+            continue
+        except IntegrityError:  # no file at all: a damaged slot stops no other
+            files[name] = b""
+        if sum(map(len, files.values())) > _BYTES_MAX:
+            raise IntegrityError(name, f"key files have more than {_BYTES_MAX >> 20} MiB in all")
 
 
 def left_over(files: dict[str, bytes]) -> list[str]:

@@ -34,6 +34,8 @@ from base.errors import StorageError
 WRITER, READER = "writer", "reader"
 
 _NAME = re.compile(r"[0-9a-f]{16}")
+_LAST_BYTES = 1 << 16
+"""What is read of a lease, from its end: many times the longest line."""
 
 
 class LeaseFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,9 +157,9 @@ def _held(path: Path) -> LeaseFacts | None:
 
 def _read(descriptor: int) -> LeaseFacts:
     """The last whole line; of a lease that cannot be read the worst is assumed."""
-    data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    data = os.pread(descriptor, _LAST_BYTES, max(0, os.fstat(descriptor).st_size - _LAST_BYTES))
     for line in reversed(data.split(b"\n")[:-1]):
-        with suppress(msgspec.DecodeError):
+        with suppress(ValueError, RecursionError):
             return msgspec.json.decode(line, type=LeaseFacts)
     return LeaseFacts(sequence=0, purpose="unreadable lease", pid=0, host="?", since="?")
 

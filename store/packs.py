@@ -238,7 +238,10 @@ def read_pack(storage: Storage, keys: SealingKeys, pack_id: bytes) -> PackInfo:
         plain = sealer.open(layout.FOOTER_NUMBER, storage.get_range(name, offset, length))
     except IntegrityError as error:
         raise IntegrityError(name, "its footer does not authenticate", offset=offset) from error
-    return PackInfo(header, layout.decode_footer(plain, name), size)
+    footer = layout.decode_footer(plain, name)
+    if layout.PACK_TRAILER.unpack(trailer)[1] != len(footer.offsets) or int(footer.offsets.max(initial=0)) >= offset:
+        raise IntegrityError(name, "its trailer and its footer contradict each other", offset=offset)
+    return PackInfo(header, footer, size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from base.errors import IntegrityError, StorageError
 from store import format as layout
+from store.format_keys import MAX_LEVEL
 from store.keys import Keys
 from store.pagemap import Root
 from store.policy import Policy
@@ -23,16 +24,21 @@ class UncertainCommitError(StorageError):
     """A record became visible but could not be made durable: a later look tells whether it was committed."""
 
 
+# A holder of the keys may have written anything: what makes no sense is refused when a body is decoded.
+Id16 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
 class RegionBody(msgspec.Struct, frozen=True, kw_only=True):
     """A region in a generation. Sizes in bytes; `root` in hex."""
 
     name: str
     kind: str
-    length: int
-    chunk_size: int
-    height: int
-    root: str
-    kept_bytes: int
+    length: Bytes
+    chunk_size: Annotated[int, msgspec.Meta(ge=1, le=layout.MAX_FRAME)]
+    height: Annotated[int, msgspec.Meta(ge=0, le=MAX_LEVEL)]
+    root: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    kept_bytes: Bytes
 
 
 class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,9 +50,9 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     tags: tuple[str, ...]
     regions: tuple[RegionBody, ...]
-    packs: tuple[str, ...]
-    dirty_bytes: int
-    stored_bytes: int
+    packs: tuple[Id16, ...]
+    dirty_bytes: Bytes
+    stored_bytes: Bytes
     pause_ms: float | None
     metadata: dict[str, Any]
 
@@ -55,9 +61,9 @@ class GenesisBody(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed body of the first record: the repository's settings."""
 
     time: str
-    level: int
-    frame_bytes: int
-    pack_bytes: int
+    level: Annotated[int, msgspec.Meta(ge=-100, le=22)]
+    frame_bytes: Annotated[int, msgspec.Meta(ge=1, le=layout.MAX_FRAME)]
+    pack_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
 class TombstoneBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +89,7 @@ class DoomBody(msgspec.Struct, frozen=True, kw_only=True):
 
     time: str
     host: str
-    packs: tuple[str, ...]
+    packs: tuple[Id16, ...]
 
 
 class SwapBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,8 +97,8 @@ class SwapBody(msgspec.Struct, frozen=True, kw_only=True):
 
     time: str
     host: str
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
+    added: tuple[Id16, ...]
+    removed: tuple[Id16, ...]
 
 
 class PolicyBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,8 +116,8 @@ class PolicyBody(msgspec.Struct, frozen=True, kw_only=True):
 class HurtGeneration(msgspec.Struct, frozen=True, kw_only=True):
     """A generation that has lost something: its VM's id in hex, its number, and bytes lost by region."""
 
-    vm_id: str
-    number: int
+    vm_id: Id16
+    number: Bytes
     regions: dict[str, int]
 
 
@@ -235,7 +241,7 @@ def decode_record(keys: Keys, data: bytes, sequence: int, previous: bytes | None
     sealer = keys.sealer(layout.SEALED_RECORD, _object_id(header), header.epoch, header.salt)
     try:
         body = msgspec.json.decode(sealer.open(sequence, sealed), type=kind)
-    except (IntegrityError, msgspec.DecodeError) as error:
+    except (IntegrityError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise IntegrityError(name, f"its body cannot be opened: {error}") from error
     return Record(header, body, layout.record_id(data))
 

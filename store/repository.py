@@ -116,12 +116,13 @@ def create(
 
 def read_mark(path: Path) -> bytes:
     """The repository id. Raises RepositoryMissingError, IntegrityError, FormatVersionError."""
+    storage = LocalStorage(path)
     try:
-        data = (path / "config").read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        data = storage.get_range("config", 0, layout.CONFIG.size + 1)
+    except ObjectMissingError:
         raise RepositoryMissingError(f"no repository at {path}: make one with `perdure -r {path} init`") from None
-    except OSError as error:
-        raise StorageError.from_os(error, str(path / "config"), "read") from error
+    finally:
+        storage.close()
     return layout.decode_config(data, str(path / "config"))
 
 

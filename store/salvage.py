@@ -27,6 +27,9 @@ from store.storage import ObjectMissingError, Storage
 
 _SALT_AT = 32
 _PROBED_FOOTER = 4 << 20
+_BAD_IN_A_ROW = 1024
+"""So many that do not open, though their lengths make sense, are somebody's invention: nobody is kept busy by them."""
+_OFFSET_MAX = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,13 +249,15 @@ class _Salvage:
         if self._known is not None:
             edges = self._known.offsets.tolist()
             return list(itertools.pairwise(edges))
-        places = list(self._chain(None))
-        while places:  # what looks like a last frame and does not open is the footer, or part of it
-            offset, end = places[-1]
+        places: list[tuple[int, int]] = []
+        good = 0
+        for offset, end in self._chain(None):
+            places.append((offset, end))
             if _opens(sealer, len(places) - 1, self._storage.get_range(self._name, offset + 4, end - offset - 4)):
+                good = len(places)
+            elif len(places) - good == _BAD_IN_A_ROW:
                 break
-            places.pop()
-        return places
+        return places[:good]  # what looks like a last frame and does not open is the footer, or part of it
 
     def _chain(self, most: int | None) -> Iterator[tuple[int, int]]:
         """From frame to frame by their lengths, as far as these make sense."""
@@ -263,6 +268,8 @@ class _Salvage:
                 return
             end = offset + 4 + layout.FRAME_LENGTH.unpack(length)[0]
             if not SEAL_OVERHEAD < end - offset - 4 <= layout.MAX_FRAME + (1 << 22) or end > self._size:
+                return
+            if offset > _OFFSET_MAX:
                 return
             yield offset, end
             offset, count = end, count + 1

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from base.errors import IntegrityError, StorageError
 
 _TEMPORARY = ".writing-"
 _OPEN_FILES = 64
+WHOLE_BYTES_MAX = 512 << 20
+"""More than the largest record: somebody who can write the folder must not choose how much memory reading takes."""
 _HASTEN_BYTES = 1 << 20
 """Writes from this size on are sent on their way to the disk at once: the fsync at the end then waits for little."""
 
@@ -71,7 +74,7 @@ class Storage(Protocol):
         """Make the names published in a folder durable."""
 
     def get(self, name: str) -> bytes:
-        """All of an object. Raises ObjectMissingError, StorageError."""
+        """All of an object, of WHOLE_BYTES_MAX at most. Raises ObjectMissingError, IntegrityError, StorageError."""
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of an object; fewer at its end. Raises ObjectMissingError, StorageError."""
@@ -128,7 +131,13 @@ class LocalStorage:
         self.disk.fsync_directory(self.root / folder)
 
     def get(self, name: str) -> bytes:
-        return self._reading(name, lambda descriptor: _pread(descriptor, 0, os.fstat(descriptor).st_size))
+        def whole(descriptor: int) -> bytes:
+            size = os.fstat(descriptor).st_size
+            if size > WHOLE_BYTES_MAX:
+                raise IntegrityError(name, f"has {size} bytes: more than anything that is read as a whole")
+            return _pread(descriptor, 0, size)
+
+        return self._reading(name, whole)
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         return self._reading(name, lambda descriptor: _pread(descriptor, offset, length))
@@ -210,11 +219,23 @@ class LocalStorage:
 
     def _open(self, name: str) -> int:
         try:
-            return os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_file(self.root / name)
         except OSError as error:
-            if error.errno == errno.ENOENT:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise ObjectMissingError(name) from None
             raise StorageError.from_os(error, str(self.root / name), "open") from error
+        if descriptor < 0:
+            raise IntegrityError(name, "is no file")
+        return descriptor
+
+
+def open_file(path: Path) -> int:
+    """Open a plain file for reading, -1 for anything else: opening a FIFO would wait for ever. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return -1
 
 
 class _Read(Protocol):

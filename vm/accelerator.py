@@ -113,7 +113,7 @@ def _kvm_problem(binary: Path, cpu: str, cache: Path, timeout_s: float) -> str |
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     wanted = _Cached(boot, str(binary), changed, cpu, None)
     known: _Cached | None = None
-    with suppress(OSError, msgspec.DecodeError):
+    with suppress(OSError, ValueError, RecursionError):
         known = msgspec.json.decode(cache.read_bytes(), type=_Cached)
     if known is not None and msgspec.structs.replace(known, problem=None) == wanted:
         return known.problem

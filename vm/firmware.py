@@ -92,7 +92,7 @@ def _from_descriptor(path: Path) -> Firmware | None:
         firmware = Firmware(
             "ovmf", Path(code["filename"]), Path(template["filename"]), code["format"], template["format"]
         )
-    except (OSError, ValueError, KeyError, TypeError):  # an empty file masks another; a broken one is no firmware
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):  # empty: masks another; broken: no firmware
         return None
     both = (firmware.code, firmware.template)
     return firmware if all(each is not None and each.is_file() for each in both) else None

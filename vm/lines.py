@@ -68,6 +68,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
         line = int(place[1]) if place and place[1] else max(text.count("\n") + (not text.endswith("\n")), 1)
         problem = message[: place.start()] if place else message
         raise ConfigurationError(str(path), problem[:1].lower() + problem[1:], line=line) from error
+    except (ValueError, RecursionError) as error:  # a number with more digits, or tables deeper than Python takes
+        raise ConfigurationError(str(path), f"cannot be understood: {' '.join(str(error).split())}") from error
 
 
 def _plain(key: str) -> str:

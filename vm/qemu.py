@@ -296,7 +296,7 @@ def _open_journal(folder: RuntimeFolder) -> int:
 def _read_record(folder: RuntimeFolder) -> Record | None:
     try:
         return msgspec.json.decode(folder.process.read_bytes(), type=Record)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
 
 

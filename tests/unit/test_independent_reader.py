@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import minimal_reader
-import msgspec
 import pytest
 from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -27,7 +26,7 @@ from store.chunker import PackingSettings
 from store.keys import Keys
 from store.packs import PackWriter
 from store.policy import Policy
-from store.records import Body, GenerationBody, TombstoneBody, encode_record
+from store.records import Body, GenerationBody, RegionBody, TombstoneBody, encode_record
 from store.repository import create
 from store.slots import KeyFile, NewSlot, change, list_slots, new_keyring, unlock
 from store.storage import LocalStorage
@@ -354,9 +353,9 @@ def test_what_is_sealed_and_wrong_is_refused(changed, why):
         pack.add(facts.pop("codec"), 4096, b"".join(ids), facts.pop("content"))
         listed = pack.close().header.pack_id.hex()
         told = {"time": "", "cause": "", "host": "", "tags": [], "dirty_bytes": 0, "stored_bytes": 0, "pause_ms": None}
-        region = {"name": "ram", "kind": "image", "kept_bytes": 0, **facts}
-        body = {**told, "vm": "vm", "regions": [region], "packs": [listed], "metadata": {}}
-        append(where.path, keys, msgspec.convert(body, GenerationBody), vm_id=b"v" * 16, number=1)
+        region = RegionBody(**{"name": "ram", "kind": "image", "kept_bytes": 0, **facts})
+        body = GenerationBody(**told, vm="vm", regions=(region,), packs=(listed,), metadata={})  # not checked
+        append(where.path, keys, body, vm_id=b"v" * 16, number=1)
         if why is None:
             assert everything(where.path) == {("vm", 1, "ram"): b"A" * 4096}
         else:
