@@ -6,6 +6,10 @@ the last dirty pages are copied into private memory, and the guest goes on; hash
 follow. Without tracking, everything resident is stored while the guest runs and hashed once more while it is
 stopped. A held VM (at a reboot) does not change: its pages are read where they lie.
 
+A full generation has the state of the devices too, saved by QEMU in the same pause, into private memory; and main
+memory, which other generations leave out: each region is compared with the generation that its tracker is relative
+to, its `base`, and that of main memory is the last full one.
+
 The journal says that bits are being cleared before they are: whatever interrupts a capture after that, the next
 one looks at everything. Plain calls; one thread at a time.
 """
@@ -30,16 +34,23 @@ from capture.trackers import Tracker
 from store.records import Generation
 from store.repository import Repository
 from store.writer import GenerationWriter, RegionDraft
+from vm.config import DEVICES, RAM
 
 _PRIVATE_COPY_MAX = 256 << 20
 """Bytes of last dirty pages that are copied; more are stored while the guest stands still, which bounds memory."""
 _DRAIN_ABOVE = 4 << 20
 """Dirty bytes above which a round of storing while the guest runs makes the pause shorter."""
+_DRAIN_ROUNDS = 4
+"""Rounds at most: a guest that writes faster than we store has its last dirty pages copied in the pause."""
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedRegion:
-    """A region as a capture sees it: its backing file (offsets are the region's) and what of it is kept."""
+    """A region as a capture sees it: its backing file (offsets are the region's), and what of it goes into the
+    generation, `kept` (over a reboot) or, in a full generation, all of it.
+
+    `base` is the generation that the tracker's baseline is, None while it has none: then all is looked at.
+    """
 
     name: str
     kind: str
@@ -47,14 +58,24 @@ class CapturedRegion:
     length: int
     kept: Extents
     tracker: Tracker
+    base: Generation | None = None
 
 
 class Execution(Protocol):
-    """Stops and continues the guest; both return when it is so."""
+    """Stops and continues the guest; both return when it is so. Three more are for the state of its devices."""
+
+    def prepare(self) -> None:
+        """What `device_state` needs and can be done before `stop`."""
 
     def stop(self) -> None: ...
 
+    def device_state(self) -> int:
+        """The stopped guest's, in a memory file without a name that the caller closes."""
+
     def cont(self) -> None: ...
+
+    def take_back(self) -> None:
+        """Undo `prepare`; after `cont`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +92,8 @@ class Captured:
 class _Source:
     """One region of one capture: its open file, its draft, and what is still to be looked at."""
 
-    def __init__(self, region: CapturedRegion, draft: RegionDraft, pending: Extents) -> None:
-        self.region, self.draft, self.pending = region, draft, pending
+    def __init__(self, region: CapturedRegion, draft: RegionDraft, content: Extents, pending: Extents) -> None:
+        self.region, self.draft, self.content, self.pending = region, draft, content, pending
         self._asked = False
         try:
             self.descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,9 +105,9 @@ class _Source:
 
     def collect(self, *, running: bool) -> None:
         """Ask the tracker; the first time all since the baseline is pending, later what came since."""
-        found = self.region.tracker.collect(running=running, known=self.region.kept)
+        found = self.region.tracker.collect(running=running, known=self.content)
         changed = found.fresh if self._asked else found.extents
-        changed = self.region.kept if changed is None else ranges.intersect(changed, self.region.kept)
+        changed = self.content if changed is None else ranges.intersect(changed, self.content)
         self._asked = True
         self.pending = ranges.union(self.pending, changed)
 
@@ -105,12 +126,14 @@ def capture(
     *,
     cause: str,
     parent: Generation | None,
+    full: bool = False,
     tags: tuple[str, ...] = (),
     metadata: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Captured:
-    """Make one generation. `execution` None: the guest is held and stays so. `parent`: the generation whose content
-    the memory had when the trackers began, None if there is none.
+    """Make one generation. `execution` None: the guest is held and stays so. `parent`: the generation that this one
+    follows, None if there is none. `full`: with all of the `regions`, which have main memory among them, and the state
+    of the devices; not of a held guest.
 
     Raises StorageError, IntegrityError, WorkerError, VirtualMachineError: nothing was committed, the guest runs on.
     """
@@ -119,78 +142,121 @@ def capture(
     if parent is not None and not repository.has(parent):
         parent = None  # forgotten meanwhile: nothing is known of what there is, so all of it is looked at
     with ExitStack() as stack:
-        writer = stack.enter_context(repository.writer(vm, parent))
-        sources = [_open(stack, writer, region, parent) for region in regions]
-        journal.begin_collect()
+        bases = {each.name: each.base for each in regions if each.base is not None and repository.has(each.base)}
+        writer = stack.enter_context(repository.writer(vm, parent, bases))
+        sources = []
+        for region in regions:
+            known = region.name in bases
+            base = bases.get(region.name, parent)
+            sources.append(_open(stack, writer, region, base, known=known, full=full))
+        journal.begin_collect(region.name for region in regions)
         if execution is None:
+            assert not full
             for source in sources:
                 source.collect(running=False)
                 source.store(writer, progress)
             pause_ms = None
         else:
             _store_while_running(sources, writer, progress)
-            pause_ms = _pause(sources, writer, execution, stack)
+            pause_ms = _pause(sources, writer, execution, stack, full=full)
         generation = writer.commit(
             cause, tags=tags, metadata={**(metadata or {}), "kept": _kept(regions)}, pause_ms=pause_ms
         )
         for region in regions:
             region.tracker.committed()
-        journal.committed(generation.id)
+        journal.committed(generation.id, [region.name for region in regions])
         seconds = time.monotonic() - began
         # Inside the writer's lease: all that both stand on is there, also if somebody forgets them now.
         changed = repository.changed(parent, generation, leased=True)
     return Captured(generation, changed, seconds, tuple(writer.forgotten))
 
 
-def _open(stack: ExitStack, writer: GenerationWriter, region: CapturedRegion, parent: Generation | None) -> _Source:
-    """Begin a region: what was tagged since the parent is to be looked at, what was untagged becomes zero. Where the
-    parent has lost something, all is looked at: memory still has it."""
-    before = ranges.EMPTY
-    if parent is not None and region.name in parent.regions:
-        before = ranges.normalise([(start, end) for start, end in parent.metadata.get("kept", {}).get(region.name, [])])
-    draft = writer.region(region.name, region.kind, region.length, kept_bytes=ranges.total(region.kept))
-    writer.clear(draft, ranges.subtract(before, region.kept))
-    source = _Source(region, draft, region.kept if draft.anew else ranges.subtract(region.kept, before))
+def _open(
+    stack: ExitStack,
+    writer: GenerationWriter,
+    region: CapturedRegion,
+    base: Generation | None,
+    *,
+    known: bool,
+    full: bool,
+) -> _Source:
+    """Begin a region: what is new in it since its base is to be looked at, what is not in it any more becomes zero.
+
+    All is looked at where it is not `known` what changed since the base, and where something of that is lost: memory
+    still has it.
+    """
+    everything = ranges.normalise([(0, region.length)])
+    content = everything if full else region.kept
+    draft = writer.region(region.name, region.kind, region.length, kept_bytes=ranges.total(content))
+    before = ranges.EMPTY if base is None else _content(base, region.name)
+    writer.clear(draft, ranges.subtract(before, content))
+    pending = content if not known or draft.anew else ranges.subtract(content, before)
+    source = _Source(region, draft, content, pending)
     stack.callback(source.close)
     return source
 
 
+def _content(generation: Generation, name: str) -> Extents:
+    """What of a region a generation has."""
+    region = generation.regions.get(name)
+    if region is None:
+        return ranges.EMPTY
+    if generation.full:
+        return ranges.normalise([(0, region.root.length)])
+    return ranges.normalise([(start, end) for start, end in generation.metadata.get("kept", {}).get(name, [])])
+
+
 def _store_while_running(sources: Sequence[_Source], writer: GenerationWriter, progress: Progress) -> None:
-    """The round before the pause. What is written meanwhile is found again in the pause: as dirty where writes are
+    """Rounds before the pause. What is written meanwhile is found again in the pause: as dirty where writes are
     tracked, by a second look at everything where they are not. Where bits must not be cleared under a running guest
     (O_DIRECT), there is no such round: what is dirty is not known."""
     for source in sources:
         tracker = source.region.tracker
-        if tracker.kind == "scan" or not tracker.direct_io:
-            source.collect(running=True)
-        if ranges.total(source.pending) > _DRAIN_ABOVE:
+        for _ in range(1 if tracker.kind == "scan" or tracker.direct_io else _DRAIN_ROUNDS):
+            if tracker.kind == "scan" or not tracker.direct_io:
+                source.collect(running=True)
+            if ranges.total(source.pending) <= _DRAIN_ABOVE:
+                break
             source.store(writer, progress)
 
 
-def _pause(sources: Sequence[_Source], writer: GenerationWriter, execution: Execution, stack: ExitStack) -> float:
-    """Stop, collect, copy what is dirty (or store it at once), continue; then store the copies.
+def _pause(
+    sources: Sequence[_Source], writer: GenerationWriter, execution: Execution, stack: ExitStack, *, full: bool
+) -> float:
+    """Stop, save the devices, collect, copy what is dirty (or store it at once), continue; then store the copies.
 
-    Gives how long the guest was stopped, in milliseconds.
+    The devices come first, so that what QEMU might write into memory for it is in the generation. Gives how long the
+    guest was stopped, in milliseconds.
     """
     copies: list[tuple[_Source, int]] = []
-    began = time.monotonic()
-    execution.stop()
-    try:
-        for source in sources:
-            source.collect(running=False)
-        for source in sources:
-            if source.region.tracker.kind == "scan" or ranges.total(source.pending) > _PRIVATE_COPY_MAX:
-                source.store(writer, silent)
-            elif len(source.pending):
-                copy = _private_copy(source)
-                stack.callback(os.close, copy)
-                copies.append((source, copy))
-    finally:
-        execution.cont()
-    pause_ms = (time.monotonic() - began) * 1e3
+    devices: int | None = None
+    with ExitStack() as around:
+        if full:
+            execution.prepare()
+            around.callback(execution.take_back)
+        began = time.monotonic()
+        execution.stop()
+        try:
+            if full:
+                devices = execution.device_state()
+                stack.callback(os.close, devices)
+            for source in sources:
+                source.collect(running=False)
+            for source in sources:
+                if source.region.tracker.kind == "scan" or ranges.total(source.pending) > _PRIVATE_COPY_MAX:
+                    source.store(writer, silent)
+                elif len(source.pending):
+                    copy = _private_copy(source)
+                    stack.callback(os.close, copy)
+                    copies.append((source, copy))
+        finally:
+            execution.cont()
+        pause_ms = (time.monotonic() - began) * 1e3
     for source, copy in copies:
         writer.replace(source.draft, copy, source.pending)
         source.pending = ranges.EMPTY
+    if devices is not None:
+        writer.replace(writer.region(DEVICES, DEVICES, os.fstat(devices).st_size), devices)
     return pause_ms
 
 
@@ -215,4 +281,5 @@ def _private_copy(source: _Source) -> int:
 
 
 def _kept(regions: Sequence[CapturedRegion]) -> dict[str, list[list[int]]]:
-    return {region.name: region.kept.tolist() for region in regions}
+    """What of each region survives a reboot, also where more of it is in the generation."""
+    return {region.name: region.kept.tolist() for region in regions if region.name != RAM}

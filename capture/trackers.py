@@ -77,6 +77,9 @@ class Tracker(Protocol):
         Right after `arm` it says that memory is, as it is, a generation's: restored, and the guest has not run.
         """
 
+    def forget(self) -> None:
+        """Memory changes in a way that is not seen, as by holes that we punch: there is no baseline any more."""
+
     def detach(self) -> None:
         """Stop following, and leave nothing armed in QEMU."""
 
@@ -101,6 +104,9 @@ class ScanTracker:
         return Dirty(None, None)
 
     def committed(self) -> None:
+        """Nothing to do."""
+
+    def forget(self) -> None:
         """Nothing to do."""
 
     def detach(self) -> None:
@@ -169,6 +175,10 @@ class WriteProtectTracker:
     def committed(self) -> None:
         """Clears what has been collected."""
         self._since = EMPTY
+
+    def forget(self) -> None:
+        """The next collection gives everything as unknown."""
+        self._since = None
 
     def detach(self) -> None:
         """Unregister every mapping. Raises VirtualMachineError."""

@@ -5,7 +5,7 @@ One userfaultfd does for all regions of a VM, so they are all followed or none i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +22,29 @@ from vm.userfaultfd import Userfaultfd
 class Tracking:
     """What follows a VM's regions. Close it with the supervisor; what is armed stays armed in QEMU."""
 
+    vm: str
     choice: Choice
     trackers: dict[str, Tracker]
     resources: ExitStack
+    descriptor: Userfaultfd | None = None
+
+    def follow(self, name: str, file: Path) -> Tracker:
+        """The tracker of a region, made if there is none yet: main memory's is made when somebody wants it captured.
+
+        A new one is armed by its first collection, which finds everything unknown. Raises StorageError,
+        VirtualMachineError.
+        """
+        if name not in self.trackers:
+            self.trackers[name] = self._tracker(name, file)
+        return self.trackers[name]
+
+    def _tracker(self, name: str, file: Path) -> Tracker:
+        if self.descriptor is None:
+            return ScanTracker()
+        choice, label = self.choice, f"{self.vm}: region {name}"
+        made = WriteProtectTracker(label, file, self.descriptor, direct_io=choice.direct_io, discards=choice.discards)
+        self.resources.callback(made.close)
+        return made
 
     def close(self) -> None:
         """Let go of all descriptors of ours."""
@@ -40,26 +60,28 @@ def start_tracking(
     *,
     wanted: Wanted = "auto",
     running: bool,
+    known: Collection[str] | None = None,
     restored: str | None = None,
 ) -> Tracking:
     """Choose trackers for the regions in `files` (name to backing file) and begin.
 
-    Where the journal names a baseline, an earlier supervisor's tracking goes on. Else everything is armed anew: at
-    once, or, where disks read with O_DIRECT and the guest may be `running`, by the first collection inside a stop,
-    which finds nothing armed. `restored`: the generation that memory holds, exactly, in a QEMU whose guest has not
-    run: the baseline. With `auto`, a userfaultfd that cannot be had leads to scan, with that as the reason. Raises
-    ConflictError (`wanted` cannot be had), StorageError, VirtualMachineError.
+    Where the journal names a baseline that is `known` to exist still (None: all of them), an earlier supervisor's
+    tracking goes on. Others are armed anew: at once, or, where disks read with O_DIRECT and the guest may
+    be `running`, by the first collection inside a stop, which finds nothing armed. `restored`: the generation that
+    memory holds, exactly, in a QEMU whose guest has not run: the baseline. With `auto`, a userfaultfd that cannot be
+    had leads to scan, with that as the reason. Raises ConflictError (`wanted` cannot be had), StorageError,
+    VirtualMachineError.
     """
     choice = choose(facts, wanted)
     if choice.kind == "userfaultfd":
         try:
-            return _follow(vm, qemu, files, choice, journal, running, restored)
+            return _follow(vm, qemu, files, choice, journal, running, known, restored)
         except VirtualMachineError as error:
             if wanted == "userfaultfd":
                 raise
             choice = replace(choice, kind="scan", reason=str(error))
     scanners: dict[str, Tracker] = {name: ScanTracker() for name in files}
-    return Tracking(choice, scanners, ExitStack())
+    return Tracking(vm, choice, scanners, ExitStack())
 
 
 def _follow(
@@ -69,26 +91,24 @@ def _follow(
     choice: Choice,
     journal: Journal,
     running: bool,
+    known: Collection[str] | None,
     restored: str | None,
 ) -> Tracking:
     with ExitStack() as resources:
         descriptor = resources.enter_context(Userfaultfd.of(qemu.pid))
-        trackers: dict[str, Tracker] = {}
+        tracking = Tracking(vm, choice, {}, resources, descriptor)
+        kept_up = [name for name in files if journal.baseline(name) and (known is None or name in known)]
+        anew = [name for name in files if restored is not None or name not in kept_up]
         for name, file in files.items():
-            tracker = WriteProtectTracker(
-                f"{vm}: region {name}", file, descriptor, direct_io=choice.direct_io, discards=choice.discards
-            )
-            resources.callback(tracker.close)
-            trackers[name] = tracker
-        if journal.baseline is not None and restored is None:
-            for each in trackers.values():
-                each.take_over()
-        elif not (running and choice.direct_io):
-            journal.begin_collect()
-            for each in trackers.values():
-                each.arm(running=running)
+            tracker = tracking.follow(name, file)
+            if name not in anew:
+                tracker.take_over()
+        if anew and not (running and choice.direct_io):
+            journal.begin_collect(anew)
+            for name in anew:
+                tracking.trackers[name].arm(running=running)
             if restored is not None:
-                for each in trackers.values():
-                    each.committed()
-                journal.committed(restored)
-        return Tracking(choice, trackers, resources.pop_all())
+                for name in anew:
+                    tracking.trackers[name].committed()
+                journal.committed(restored, anew)
+        return replace(tracking, resources=resources.pop_all())

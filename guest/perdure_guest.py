@@ -34,6 +34,7 @@ again when an answer is lost, and passes answers back by the request's id. Neith
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import json
 import mmap
@@ -67,6 +68,7 @@ _CLIENTS_MAX = 64
 _IN_FLIGHT_MAX = 16  # requests of one client
 _OUTPUT_MAX = 1 << 20  # bytes waiting for a client that does not read
 _RACES_MAX = 32
+_RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 
 
 class PersistenceError(Exception):
@@ -564,8 +566,9 @@ class Agent:
     """Passes requests from the clients of `listener` to the host's port and answers back, and greets the host.
 
     `open_port` gives a descriptor of the port, or raises OSError while there is none; `prepare` gets the host's list of
-    regions once the host was greeted. Only then are requests of clients passed on, so that a program that has an
-    answer also finds the devices. `step` does what can be done now; `run` does so for ever.
+    regions once the host was greeted; `renew` gets random bytes and the time when the guest has gone on from an earlier
+    instant. Only after the greeting are requests of clients passed on, so that a program that has an answer also finds
+    the devices. `step` does what can be done now; `run` does so for ever.
     """
 
     def __init__(
@@ -574,8 +577,10 @@ class Agent:
         open_port: Callable[[], int],
         prepare: Callable[[list[Region]], None],
         clock: Callable[[], float] = time.monotonic,
+        renew: Callable[[bytes, float], None] | None = None,
     ) -> None:
         self._listener, self._open_port, self._prepare, self._clock = listener, open_port, prepare, clock
+        self._renew = renew
         self._selector = selectors.DefaultSelector()
         self._port: Channel | None = None
         self._port_at = clock()  # when to look for the port again
@@ -711,6 +716,7 @@ class Agent:
             # This memory is older than the host's: nothing that was sent counts any more.
             for request in self._requests.values():
                 request.sent_at = None
+            self._on_resumed(message)
             return
         request_id = message.get("id")
         if type(request_id) is not int or request_id not in self._requests:
@@ -721,6 +727,19 @@ class Agent:
         else:
             request.client.in_flight -= 1
             self._send_client(request.client, line + b"\n")
+
+    def _on_resumed(self, event: dict[str, Any]) -> None:
+        """All of the guest went on from an earlier instant, if the event has a seed and the time."""
+        try:
+            seed, now = bytes.fromhex(event["seed"]), float(event["time"])
+        except (KeyError, TypeError, ValueError):
+            return
+        if self._renew is None:
+            return
+        try:
+            self._renew(seed, now)
+        except (OSError, ValueError, OverflowError) as error:
+            say(f"resumed, but not renewed: {error}")
 
     def _on_greeting(self, reply: dict[str, Any]) -> None:
         """A page of the host's regions; after the last one the devices are made usable, and clients are served."""
@@ -825,6 +844,19 @@ def _peer(connection: socket.socket) -> str:
         return f"pid {pid}"
 
 
+def renew(seed: bytes, now: float) -> None:
+    """Make the kernel's random numbers others than those of this memory's other lives, and set the clock.
+
+    Raises OSError. Source: random(4), Linux, include/uapi/linux/random.h.
+    """
+    with open("/dev/urandom", "wb", buffering=0) as device:
+        fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+        fcntl.ioctl(device, _RNDRESEEDCRNG)
+    late = now - time.time()
+    time.clock_settime(time.CLOCK_REALTIME, now)
+    say(f"resumed: the kernel's random numbers are new, and the clock is set on by {late:.3f} s")
+
+
 def find_port(name: str = PORT_NAME, sys_path: str = "/sys", dev_path: str = "/dev") -> str:
     """The device file of a virtio-serial port, with udev or without. Raises FileNotFoundError."""
     link = f"{dev_path}/virtio-ports/{name}"
@@ -892,7 +924,7 @@ def run_agent(foreground: bool, mode: str | None) -> None:
     if mode is not None:
         prepare_namespaces(lambda _: mode)
     prepare = (lambda _: None) if mode is not None else (lambda regions: prepare_namespaces(mode_at(regions)))
-    Agent(listener, open_port, prepare).run()
+    Agent(listener, open_port, prepare, renew=renew).run()
 
 
 def say(text: str) -> None:

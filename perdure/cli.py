@@ -219,9 +219,8 @@ def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, p
 def _vm_verbs(verb: _Verb) -> None:
     run = verb("run", "vm_commands:run", "launch a VM, or take over a running one, and supervise it")
     run.add_argument("file", metavar="VM.toml")
-    run.add_argument(
-        "--from", dest="point", metavar="VM@N", help="persistent memory of this generation, not the latest"
-    )
+    run.add_argument("--from", dest="point", metavar="VM@N", help="go on from this generation, not the latest")
+    run.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory: no resume")
     run.add_argument("--discard", action="store_true", help="drop memory that an ended QEMU left, uncaptured")
     run.add_argument("--without-restore", action="store_true", help="start with empty persistent memory")
     status = verb("status", "vm_commands:status", "running VMs, or one in full")
@@ -233,8 +232,12 @@ def _vm_verbs(verb: _Verb) -> None:
     snapshot = verb("snapshot", "vm_commands:snapshot", "make a generation of a running VM")
     snapshot.add_argument("vm", metavar="VM")
     snapshot.add_argument("--tag", metavar="T", action="append", default=[])
-    rollback = verb("rollback", "vm_commands:rollback", "boot a VM with the persistent memory of a generation")
+    snapshot.add_argument("--full", action="store_true", help="all memory and the state of the devices, at one instant")
+    rollback = verb(
+        "rollback", "vm_commands:rollback", "resume a full generation, or boot with the persistent memory of one"
+    )
     rollback.add_argument("point", metavar="VM@N")
+    rollback.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory")
     rollback.add_argument("--discard", action="store_true", help="do not capture first what the VM has now")
 
 

@@ -23,6 +23,7 @@ def made(generation: Generation, seconds: float, forgotten: Sequence[Generation]
         "dirty_bytes": generation.dirty_bytes,
         "stored_bytes": generation.stored_bytes,
         "pause_ms": generation.pause_ms,
+        "full": generation.full,
         "seconds": round(seconds, 6),
         "forgotten": [point(each) for each in forgotten],
     }
@@ -57,6 +58,7 @@ def generation(generation: Generation, *, full: bool = False) -> dict[str, Any]:
         "tags": list(generation.tags),
         "protected": generation.protected,
         "hurt": generation.hurt,
+        "full": generation.full,
         "region_bytes": generation.region_bytes,
         "dirty_bytes": generation.dirty_bytes,
         "stored_bytes": generation.stored_bytes,
@@ -91,6 +93,8 @@ def generation_text(generation: Generation) -> Iterator[str]:
     yield f"time        {moment(generation.time)} ({generation.cause}, on {generation.host})"
     if generation.tags:
         yield f"tags        {', '.join(generation.tags)}"
+    if generation.full:
+        yield "full        all memory and the state of the devices: it can be resumed"
     yield f"stored      {format_size(generation.stored_bytes)} in {len(generation.packs)} packs"
     if generation.pause_ms is not None:
         yield f"paused      {generation.pause_ms:.1f} ms"

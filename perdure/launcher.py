@@ -20,8 +20,10 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from base import extents as ranges
 from base.disk import Disk, replace_file
 from base.errors import ConflictError, NotFoundError, PerdureError, StorageError, VirtualMachineError
+from base.extents import Extents
 from base.progress import Progress
 from base.units import format_size
 from capture.choice import probe_facts
@@ -29,20 +31,21 @@ from capture.generation import Captured, CapturedRegion, capture
 from capture.journal import Journal
 from capture.trackers import ScanTracker
 from capture.tracking import start_tracking
-from perdure.machine import Machine
+from perdure import resuming
+from perdure.machine import Machine, full_problems, load_devices
 from perdure.measurements import compare, measure
-from restore.eager import Restored, restore_regions
-from restore.scrub import verify_scrubbed
+from restore.eager import Restored, read_devices, restore_regions
+from restore.scrub import scrub, verify_scrubbed
 from store.records import Generation
 from store.repository import Repository
-from vm import accelerator, firmware, hold
+from vm import accelerator, firmware, hold, migration
 from vm import qemu as processes
 from vm.addresses import AddressMap
-from vm.command_line import Platform, command_line
+from vm.command_line import Platform, command_line, devices_of
 from vm.config import RAM, Description
 from vm.folder import RuntimeFolder
 from vm.identity import Identity
-from vm.memory import Memory
+from vm.memory import BackingFile, Memory
 from vm.monitor import Monitor
 from vm.qemu import Qemu
 from vm.regions import Device, RegionTable
@@ -73,7 +76,8 @@ class _Facts(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Memory for a launch, and the QEMU for it. `parent` is the generation that it holds, None if it is empty."""
+    """Memory for a launch, and the QEMU for it. `parent` is the generation that it holds, None if it is empty;
+    `devices` the state from which the guest goes on, None if it boots."""
 
     memory: Memory
     platform: Platform
@@ -81,6 +85,7 @@ class Prepared:
     parent: Generation | None
     restored: Restored | None
     warnings: tuple[str, ...]
+    devices: bytes | None = None
 
     @property
     def summary(self) -> str:
@@ -88,8 +93,9 @@ class Prepared:
         done = self.restored
         if done is None:
             return "persistent memory is empty"
+        how = "restored" if self.devices is None else "resumed"
         return (
-            f"{done.generation.name} restored, {format_size(done.written_bytes)} in {done.restore_seconds:.2f} s, "
+            f"{done.generation.name} {how}, {format_size(done.written_bytes)} in {done.restore_seconds:.2f} s, "
             f"{format_size(done.verified_bytes)} verified in {done.verify_seconds:.2f} s"
         )
 
@@ -135,13 +141,17 @@ class Launcher:
         generation: Generation | None,
         progress: Progress,
         replaces: Memory | None = None,
+        *,
+        boot: bool = False,
     ) -> Prepared:
         """Blocking: new backing files with the content of a generation, verified; empty ones for None. The memory
         that they replace, if any, is released before they are launched.
 
-        QEMU is found first: without one, nothing has to be restored. Raises ConflictError, IntegrityError,
-        StorageError, VirtualMachineError: nothing is left then.
+        A full generation is resumed, unless it is to `boot`: then it gives its persistent memory only. QEMU is found
+        first: without one, nothing has to be restored. Raises ConflictError, IntegrityError, StorageError,
+        VirtualMachineError: nothing is left then.
         """
+        resumed = generation if generation is not None and generation.full and not boot else None
         self.folder.create()
         if generation is not None and "tags" not in generation.metadata:
             raise ConflictError(
@@ -150,6 +160,12 @@ class Launcher:
             )
         problems = compare(self.description, self.measurements, generation)
         platform, reason = self._platform()
+        if resumed is not None:
+            problems += resuming.version_warning(resumed, platform)
+            platform = resuming.fitting(self.description, platform, resumed)
+            files = {name: BackingFile(name, self.folder.path, 0) for name in self.description.backing_sizes}
+            argv = command_line(self.description, platform, self.folder, files)
+            resuming.require_same_devices(resumed, devices_of(argv))
         memory = Memory.prepare(
             self.description.name,
             self._free_folder(),
@@ -158,31 +174,49 @@ class Launcher:
             beside=0 if generation is None else generation.region_bytes,
         )
         try:
-            restored = None
+            restored = devices = None
             if generation is not None:
-                files = {name: file.path for name, file in memory.files.items() if name != RAM}
-                restored = restore_regions(repository, generation, files, progress)
-            return Prepared(memory, platform, reason, generation, restored, (*memory.warnings, *problems))
+                paths = {name: file.path for name, file in memory.files.items() if name != RAM or resumed is not None}
+                restored = restore_regions(repository, generation, paths, progress)
+                if resumed is not None:
+                    devices = read_devices(repository, resumed)
+                elif generation.full:
+                    _scrub_what_is_not_kept(memory, generation)
+            return Prepared(memory, platform, reason, generation, restored, (*memory.warnings, *problems), devices)
         except BaseException:
             with suppress(PerdureError):
                 memory.release()
             raise
 
     def go_on_from(self, repository: Repository, prepared: Prepared) -> Prepared:
-        """Blocking: where an older generation was prepared, add one to history that equals it and follows it, so that
-        the latest is always what the VM goes on from, also after a power loss. Raises StorageError."""
+        """Blocking: where an older generation was prepared, or only a part of one, add one to history that equals it
+        and follows it, so that the latest is always what the VM goes on from, also after a power loss.
+
+        Raises StorageError.
+        """
         latest = repository.latest(self.description.name)
-        if prepared.parent is None or latest is None or latest.id == prepared.parent.id:
+        if prepared.parent is None or latest is None:
             return prepared
-        return replace(prepared, parent=_again(repository, prepared.parent))
+        older = latest.id != prepared.parent.id
+        if prepared.parent.full and prepared.devices is None:
+            return replace(prepared, parent=_kept_of(repository, prepared.parent, "rollback" if older else "boot"))
+        return replace(prepared, parent=_again(repository, prepared.parent)) if older else prepared
 
     async def launch(self, prepared: Prepared, elsewhere: Elsewhere) -> Machine:
-        """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin.
+        """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin, or go on.
 
-        Raises VirtualMachineError and others; the memory is given back then and no QEMU is left.
+        What is written into memory while the state of the devices is loaded, as a new generation id, counts as
+        changed: trackers are armed before. Raises VirtualMachineError and others; the memory is given back then and no
+        QEMU is left.
         """
         try:
-            argv = command_line(self.description, prepared.platform, self.folder, prepared.memory.files)
+            argv = command_line(
+                self.description,
+                prepared.platform,
+                self.folder,
+                prepared.memory.files,
+                incoming=prepared.devices is not None,
+            )
             facts = _Facts(prepared.platform, prepared.memory.folder.name, prepared.accelerator_reason)
             qemu = await elsewhere(lambda: Qemu.launch(self.folder, argv, self._disk, _encode(facts)))
         except BaseException:
@@ -197,7 +231,10 @@ class Launcher:
                 prepared.memory.folder / _TABLE, self.description.name, self._devices(addresses), tags
             )
             machine = await self._attach(qemu, monitor, table, prepared, elsewhere)
-            await elsewhere(lambda: _verify_empty(prepared.memory, table))
+            if prepared.devices is None:
+                await elsewhere(lambda: _verify_empty(prepared.memory, table))
+            else:
+                await load_devices(monitor, prepared.devices)
             await self.before_boot(machine)
             await monitor.cont()
             return machine
@@ -214,7 +251,8 @@ class Launcher:
         if hold.began(qemu.events()):
             return True
         async with await Monitor.connect(qemu) as monitor:
-            return await monitor.query_status() != "prelaunch"
+            # Paused, and without an event that tells of it: its state was loaded, and it has not gone on.
+            return await monitor.query_status() not in ("prelaunch", "inmigrate", "paused")
 
     def undo_launch(self, qemu: Qemu) -> None:
         """Blocking: end a QEMU whose guest has not run, and give back its memory, which is a generation's."""
@@ -228,15 +266,19 @@ class Launcher:
         memory = Memory.existing(self.description.name, self.folder.path / facts.memory, self.description.backing_sizes)
         monitor = await Monitor.connect(qemu)
         try:
+            await migration.clean_up(monitor)
             await hold.hold_on_reset(monitor)
             addresses = await monitor.address_map(int(self.description.memory))
             table = RegionTable.load(memory.folder / _TABLE, self.description.name, self._devices(addresses))
             for name in _MEMORY_FOLDERS:  # of a rollback that was cut short
                 if name != facts.memory and (self.folder.path / name).exists():
                     self._release(self.folder.path / name)
+            journal = self._journal(qemu.record.identity)
+            bases = await elsewhere(lambda: self._bases(repository, journal))
             parent = await elsewhere(lambda: self._parent(repository))
+            parent = max((*bases.values(), *([parent] if parent else ())), key=lambda each: each.number, default=None)
             found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings)
-            return await self._attach(qemu, monitor, table, found, elsewhere)
+            return await self._attach(qemu, monitor, table, found, elsewhere, journal, bases)
         except BaseException:
             await monitor.disconnect()
             raise
@@ -276,11 +318,14 @@ class Launcher:
         table: RegionTable,
         prepared: Prepared,
         elsewhere: Elsewhere,
+        journal: Journal | None = None,
+        bases: dict[str, Generation] | None = None,
     ) -> Machine:
-        """Trackers and journal; the guest has not run yet if something was prepared for it."""
+        """Trackers and journal; the guest has not run yet if something was prepared for it. `bases`, where that is
+        taken over: the generations since which the journal knows what changed, by region."""
         status = await monitor.query_status()
-        launched = status == "prelaunch"
-        journal = Journal(self.folder.path / "journal.json", qemu.record.identity, self._disk)
+        launched = status in ("prelaunch", "inmigrate")
+        journal = journal or self._journal(qemu.record.identity)
         listed = [
             each["type"]
             for path in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
@@ -288,8 +333,11 @@ class Launcher:
         ]
         nodes = await monitor.execute("query-named-block-nodes", flat=True)
         networks = await monitor.human("info network")
-        files = {region.name: prepared.memory.files[region.name].path for region in self.description.regions}
-        restored = prepared.parent.id if launched and prepared.parent is not None else None
+        followed = [name for name in prepared.memory.files if name != RAM or prepared.devices or name in (bases or {})]
+        files = {name: prepared.memory.files[name].path for name in followed}
+        restored = prepared.parent if launched else None
+        if restored is not None:
+            bases = dict.fromkeys(files, restored)
         tracking = await elsewhere(
             lambda: start_tracking(
                 self.description.name,
@@ -299,7 +347,8 @@ class Launcher:
                 journal,
                 wanted=self.description.policy.tracker,
                 running=status == "running",
-                restored=restored,
+                known=bases,
+                restored=None if restored is None else restored.id,
             )
         )
         self.note_parent(prepared.parent)
@@ -314,7 +363,10 @@ class Launcher:
             journal=journal,
             tracking=tracking,
             parent=prepared.parent,
+            bases=bases or {},
             restored=prepared.restored.generation.number if prepared.restored else None,
+            resumed=prepared.devices is not None,
+            full_problems=await full_problems(monitor),
             warnings=prepared.warnings,
             accelerator_reason=prepared.accelerator_reason,
             measurements=self.measurements,
@@ -333,15 +385,18 @@ class Launcher:
         binary = processes.find_binary(description.name, description.qemu)
         chosen = accelerator.choose(description, binary, self._state / "accelerator.json")
         firm = firmware.find(description.name, description.firmware)
+        version = processes.version(description.name, binary)
+        machine = processes.resolve_machine(description.name, binary, description.machine)
         platform = Platform(
             binary=binary,
-            version=processes.version(description.name, binary),
-            machine=processes.resolve_machine(description.name, binary, description.machine),
+            version=version,
+            machine=machine,
             accelerator=chosen.kind,
             cpu=description.cpu or chosen.cpu,
             firmware=firm,
             variables=firmware.variables(description.name, firm, self._state, self._disk),
             uuid=str(uuid.uuid5(uuid.NAMESPACE_URL, f"perdure:{self._state}")),
+            generation_id=machine.startswith("pc-") and processes.has_device(description.name, binary, "vmgenid"),
         )
         return platform, chosen.reason
 
@@ -360,7 +415,7 @@ class Launcher:
             )
             for region in self.description.regions
         ]
-        journal = Journal(self.folder.path / "journal.json", Identity(0, 0, ""), self._disk)
+        journal = self._journal(Identity(0, 0, ""))
         return capture(
             repository,
             self.description.name,
@@ -372,6 +427,19 @@ class Launcher:
             metadata={"tags": table.to_tags(), "measurements": self.measurements},
             progress=progress,
         )
+
+    def _journal(self, identity: Identity) -> Journal:
+        return Journal(self.folder.path / "journal.json", identity, self._disk)
+
+    def _bases(self, repository: Repository, journal: Journal) -> dict[str, Generation]:
+        """By region, the generation since which the journal knows what changed, unless it was forgotten meanwhile."""
+        found = {}
+        for name in self.description.backing_sizes:
+            noted = journal.baseline(name)
+            if noted is not None:
+                with suppress(NotFoundError):
+                    found[name] = repository.resolve(noted)
+        return found
 
     def _parent(self, repository: Repository) -> Generation | None:
         try:
@@ -409,6 +477,37 @@ def _again(repository: Repository, generation: Generation) -> Generation:
                 kept_bytes=region.kept_bytes,
             )
         return writer.commit("rollback", metadata=generation.metadata)
+
+
+def _kept_of(repository: Repository, generation: Generation, cause: str) -> Generation:
+    """A generation that follows a full one and has what of it survives a boot."""
+    with repository.writer(generation.vm, generation) as writer:
+        for region in generation.regions.values():
+            kept = _kept(generation, region.name)
+            if kept is not None:
+                length = region.root.length
+                draft = writer.region(region.name, region.kind, length, kept_bytes=ranges.total(kept))
+                writer.clear(draft, ranges.subtract(ranges.normalise([(0, length)]), kept))
+        metadata = {name: value for name, value in generation.metadata.items() if name != "devices"}
+        return writer.commit(cause, metadata=metadata)
+
+
+def _kept(generation: Generation, region: str) -> Extents | None:
+    """What of a region survives a reboot; None for what is no persistent memory."""
+    rows = generation.metadata.get("kept", {}).get(region)
+    return None if rows is None else ranges.normalise([(start, end) for start, end in rows])
+
+
+def _scrub_what_is_not_kept(memory: Memory, generation: Generation) -> None:
+    """A full generation has all of its persistent memory, of which a boot gets what it would find after a reboot."""
+    for name, file in memory.files.items():
+        kept = _kept(generation, name)
+        if kept is not None:
+            descriptor = file.open()
+            try:
+                scrub(descriptor, str(file.path), ranges.subtract(ranges.normalise([(0, file.size)]), kept))
+            finally:
+                os.close(descriptor)
 
 
 def _verify_empty(memory: Memory, table: RegionTable) -> None:

@@ -6,6 +6,7 @@ Made by perdure.launcher. Coroutines belong to the supervisor's loop; what block
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,16 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base import extents as ranges
-from base.errors import PerdureError, StorageError, VirtualMachineError
+from base.errors import ConflictError, PerdureError, StorageError, VirtualMachineError
 from base.units import PAGE
 from capture.generation import Captured, CapturedRegion
 from capture.journal import Journal
 from capture.tracking import Tracking
+from perdure.resuming import recorded
 from restore.scrub import scrub
 from store.records import Generation
-from vm import hold
+from vm import hold, migration
 from vm.channel import GuestChannel, GuestHandler
-from vm.command_line import Platform
+from vm.command_line import VARIABLES_NODE, Platform, devices_of
 from vm.config import RAM, Description
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
@@ -32,12 +34,16 @@ from vm.regions import RegionTable
 
 _QUIT_SECONDS = 10
 _CONSOLE_BYTES_MAX = 16 << 20
+_DEVICE_BYTES_MAX = 1 << 30
+"""Some hundred kilobytes without a display; video memory adds its size."""
+_PIPE_BYTES = 1 << 20  # what any user may ask for; see pipe(7)
 
 
 @dataclass(slots=True)
 class Machine:
-    """A VM that runs, or is held. `parent`: the generation that its memory descends from; `restored`: its number if
-    this process was launched with it."""
+    """A VM that runs, or is held. `parent`: the generation that its memory descends from; `bases`: by region, the one
+    that its tracker is relative to; `restored`: number of the one that this process was launched with, and `resumed`
+    whether it goes on from that one's instant; `full_problems`: why there can be no full generation."""
 
     description: Description
     platform: Platform
@@ -49,7 +55,10 @@ class Machine:
     journal: Journal
     tracking: Tracking
     parent: Generation | None
+    bases: dict[str, Generation]
     restored: int | None
+    resumed: bool
+    full_problems: tuple[str, ...]
     warnings: tuple[str, ...]
     accelerator_reason: str
     measurements: dict[str, str]
@@ -66,7 +75,7 @@ class Machine:
         """Serve the guest from now on."""
         self.channel = GuestChannel(self.description.name, self.qemu.folder.agent, handler, say)
         if self.restored is not None:
-            self.channel.resumed(self.restored)
+            self.channel.resumed(self.restored, renew=self.resumed)
         made = self.parent.metadata.get("checkpoint") if self.parent is not None else None
         if self.parent is not None and made is not None:  # whose reply an earlier supervisor may not have sent
             self.channel.remember(made["request"], Committed(self.parent.number, self.parent.id))
@@ -79,6 +88,14 @@ class Machine:
     async def cont(self) -> None:
         """Let it go on."""
         await self.monitor.cont()
+
+    async def go_on(self) -> None:
+        """Let a guest go on that was stopped for a capture, unless it had just stopped itself: then it is held."""
+        try:
+            await self.monitor.cont()
+        except VirtualMachineError:
+            if not await self.held():
+                raise
 
     async def next_hold(self) -> hold.Hold | None:
         """Wait until the guest stops itself; None when QEMU has ended. Raises VirtualMachineError if it hangs."""
@@ -107,7 +124,8 @@ class Machine:
 
     async def go_on_if_paused(self) -> bool:
         """Let a guest go on that was stopped for something that its supervisor did not live to finish."""
-        if await self.monitor.query_status() != "paused":
+        await migration.clean_up(self.monitor)
+        if await self.monitor.query_status() not in ("paused", "postmigrate", "finish-migrate"):
             return False
         await self.monitor.cont()
         return True
@@ -122,7 +140,13 @@ class Machine:
             trim_journal(self.qemu.folder)
 
     def scrub(self) -> int:
-        """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something."""
+        """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something.
+
+        The holes that this makes in main memory are not seen by its tracker.
+        """
+        if RAM in self.tracking.trackers:
+            self.journal.begin_collect([RAM])
+            self.tracking.trackers[RAM].forget()
         total = 0
         for name, file in self.memory.files.items():
             what = ranges.normalise([(0, file.size)]) if name == RAM else self.table.scrubbable(name)
@@ -133,42 +157,46 @@ class Machine:
                 os.close(descriptor)
         return total
 
-    def captured_regions(self) -> list[CapturedRegion]:
-        """The regions as they are to be captured now."""
-        regions = self.table.regions
-        return [
-            CapturedRegion(
-                region.name,
-                "pmem",
-                self.memory.files[region.name].path,
-                int(region.size),
-                regions.kept(region.name),
-                self.tracking.trackers[region.name],
-            )
-            for region in self.description.regions
-        ]
+    def captured_regions(self, *, full: bool = False) -> list[CapturedRegion]:
+        """The regions as they are to be captured now. Raises StorageError, VirtualMachineError.
 
-    def metadata(self) -> dict[str, Any]:
+        The tracker of main memory is made for the first full generation: VMs that have none pay nothing for it.
+        """
+        regions = self.table.regions
+        found = []
+        for name, file in self.memory.files.items():
+            if name == RAM and not full:
+                continue
+            kept = ranges.EMPTY if name == RAM else regions.kept(name)
+            tracker = self.tracking.follow(name, file.path)
+            kind = "ram" if name == RAM else "pmem"
+            found.append(CapturedRegion(name, kind, file.path, file.size, kept, tracker, self.bases.get(name)))
+        return found
+
+    async def require_full(self) -> None:
+        """Raises ConflictError if there can be no full generation of this VM now."""
+        self.full_problems = await full_problems(self.monitor)
+        if self.full_problems:
+            raise ConflictError(
+                f"VM {self.description.name} cannot be captured in full: {'; '.join(self.full_problems)}"
+            )
+
+    def metadata(self, *, full: bool = False) -> dict[str, Any]:
         """What a generation records of the VM."""
-        platform = self.platform
         return {
             "tags": self.table.to_tags(),
-            "machine": {
-                "qemu": platform.version,
-                "machine": platform.machine,
-                "cpu": platform.cpu,
-                "accelerator": platform.accelerator,
-                "firmware": platform.firmware.kind,
-                "memory_bytes": int(self.description.memory),
-                "cpus": self.description.cpus,
-            },
+            "machine": recorded(self.description, self.platform),
             "measurements": self.measurements,
             "tracker": self.tracking.choice.kind,
+            **({"devices": devices_of(self.qemu.record.argv)} if full else {}),
         }
 
     def committed(self, done: Captured) -> None:
         """A generation was made of this VM: it is what the next one follows."""
         self.parent = done.generation
+        for name in done.generation.regions:
+            if name in self.tracking.trackers:
+                self.bases[name] = done.generation
         self.note_parent(done.generation)
         self.table.changed(done.changed, done.generation.number)
 
@@ -182,6 +210,7 @@ class Machine:
             "restored": self.restored,
             "accelerator": f"{self.platform.accelerator} ({self.accelerator_reason})",
             "tracker": f"{choice.kind} ({choice.reason})",
+            "full": "possible" if not self.full_problems else f"not possible: {'; '.join(self.full_problems)}",
             "warnings": list(self.warnings),
             "regions": {
                 device.name: {
@@ -198,6 +227,26 @@ class Machine:
             "console": str(self.qemu.folder.console),
             "pages": {name: file.size // PAGE for name, file in self.memory.files.items()},
         }
+
+    async def device_state(self) -> int:
+        """The stopped guest's, in a memory file without a name that the caller closes; `migration.prepare` was called.
+
+        Raises VirtualMachineError: the guest can go on.
+        """
+        if await self.held():
+            raise VirtualMachineError(f"VM {self.description.name}: the guest has stopped itself: try again")
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        reading = asyncio.create_task(asyncio.to_thread(_read_all, self.description.name, read_end))
+        try:
+            try:
+                await migration.save(self.monitor, write_end)
+            finally:
+                os.close(write_end)
+        except BaseException:
+            with suppress(PerdureError):
+                os.close(await reading)
+            raise
+        return await reading
 
     async def quit(self) -> None:
         """End QEMU and give back its memory."""
@@ -228,3 +277,57 @@ class Machine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+
+
+async def full_problems(monitor: Monitor) -> tuple[str, ...]:
+    """Why a VM's device state cannot be saved, or not together with all that belongs to that instant."""
+    problems = list(await migration.blockers(monitor))
+    for each in await monitor.execute("query-block"):
+        inserted = each.get("inserted")
+        if inserted is not None and not inserted.get("ro") and inserted.get("node-name") != VARIABLES_NODE:
+            name = str(each.get("qdev") or each.get("device") or inserted.get("node-name"))
+            problems.append(
+                f"disk {name.removesuffix('/virtio-backend').rpartition('/')[2]} is writable, and disks "
+                "are not captured yet"
+            )
+    return tuple(problems)
+
+
+async def load_devices(monitor: Monitor, devices: bytes) -> None:
+    """Give a QEMU that waits for it the state of its devices. Raises VirtualMachineError."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    writing = asyncio.create_task(asyncio.to_thread(_write_all, write_end, devices))
+    try:
+        await migration.load(monitor, read_end)
+    finally:
+        os.close(read_end)
+        await writing
+
+
+def _write_all(write_end: int, data: bytes) -> None:
+    """All of it into a pipe, which is closed then, unless its reader is gone."""
+    with open(write_end, "wb", buffering=0) as pipe, suppress(BrokenPipeError):
+        view = memoryview(data)
+        while view:
+            view = view[pipe.write(view) :]
+
+
+def _read_all(vm: str, read_end: int) -> int:
+    """Everything out of a pipe, which is closed then, into a memory file; it is not seen by anybody else.
+
+    Raises VirtualMachineError if it is more than any device state has: the writer finds the pipe closed.
+    """
+    memory = os.memfd_create("perdure devices", os.MFD_CLOEXEC)
+    try:
+        with open(read_end, "rb", buffering=0) as pipe:
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            size = 0
+            while data := pipe.read(_PIPE_BYTES):
+                size += len(data)
+                if size > _DEVICE_BYTES_MAX:
+                    raise VirtualMachineError(f"VM {vm}: its device state has more than {_DEVICE_BYTES_MAX} bytes")
+                os.write(memory, data)
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory

@@ -213,7 +213,7 @@ def _log_text(found: list[Generation]) -> list[str]:
             each.name,
             each.id[:12],
             moment(each.time),
-            each.cause,
+            f"{each.cause}, full" if each.full else each.cause,
             size(each.region_bytes),
             size(each.dirty_bytes),
             size(each.stored_bytes),

@@ -103,14 +103,23 @@ class Requests:
 
     async def _snapshot(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         tags = tuple(str(each) for each in arguments.get("tags", ()))
-        done = await self._supervisor.snapshot("snapshot", tags=tags, progress=progress)
+        full = bool(arguments.get("full"))
+        done = await self._supervisor.snapshot("snapshot", full=full, tags=tags, progress=progress)
         return documents.made(done.generation, done.seconds)
 
     async def _rollback(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         generation, head, captured = await self._supervisor.roll_back(
-            str(arguments["point"]), discard=bool(arguments.get("discard")), progress=progress
+            str(arguments["point"]),
+            discard=bool(arguments.get("discard")),
+            boot=bool(arguments.get("boot")),
+            progress=progress,
         )
-        return {**documents.point(generation), "goes_on_as": head.number, "captured": _number(captured)}
+        return {
+            **documents.point(generation),
+            "goes_on_as": head.number,
+            "resumed": head.full,
+            "captured": _number(captured),
+        }
 
     async def _regions(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del arguments, progress

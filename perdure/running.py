@@ -30,6 +30,8 @@ def run_vm(options: Namespace, output: Output) -> int:
     description = load(Path(options.file))
     if options.point and options.without_restore:
         raise UsageError("--from and --without-restore exclude each other")
+    if options.boot and options.without_restore:
+        raise UsageError("--boot and --without-restore exclude each other")
     path = _repository(options.repository, description)
     folder = RuntimeFolder(description.name, places.vm_runtime(description.name))
     launcher = Launcher(description, folder, places.vm_state(description.name))
@@ -40,7 +42,7 @@ def run_vm(options: Namespace, output: Output) -> int:
         def begin(runs: bool, progress: Progress) -> Generation | None:
             return _to_restore(options, launcher, repository, say, runs, progress)
 
-        ended = asyncio.run(_supervise(launcher, repository, begin, say, output))
+        ended = asyncio.run(_supervise(launcher, repository, begin, say, output, options.boot))
     output.result(
         {"vm": description.name, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
         lambda: [f"{description.name}: {ended.reason}"],
@@ -54,8 +56,9 @@ async def _supervise(
     begin: Begin,
     say: Callable[[str], None],
     output: Output,
+    boot: bool,
 ) -> Ended:
-    return await Supervisor(launcher, repository, say, output.progress()).run(begin)
+    return await Supervisor(launcher, repository, say, output.progress()).run(begin, boot=boot)
 
 
 def _to_restore(
@@ -69,9 +72,9 @@ def _to_restore(
     """What a launch begins with. Memory that a dead QEMU left is captured first, or dropped if the user says so."""
     name = launcher.description.name
     if runs:
-        if options.point or options.without_restore:
+        if options.point or options.without_restore or options.boot:
             raise UsageError(
-                f"VM {name} runs already: --from and --without-restore are for a launch "
+                f"VM {name} runs already: --from, --boot and --without-restore are for a launch "
                 f"(to go back in time, use perdure rollback)"
             )
         return None

@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from base.errors import ConflictError, IntegrityError, PerdureError, one_line
+from base.errors import ConflictError, IntegrityError, PerdureError, VirtualMachineError, one_line
 from base.progress import Progress
 from base.units import format_size
 from capture.generation import Captured, Execution, capture
@@ -28,6 +29,7 @@ from perdure.machine import Machine
 from perdure.requests import Requests
 from store.records import Generation
 from store.repository import Repository
+from vm import migration
 from vm.hold import Cause, Hold
 from vm.qemu import Qemu
 
@@ -85,8 +87,9 @@ class Supervisor:
             raise ConflictError(f"VM {self.vm} is {self.state}: try again in a moment")
         return self._machine
 
-    async def run(self, begin: Begin) -> Ended:
-        """Supervise until the VM ends or this process is told to leave it.
+    async def run(self, begin: Begin, *, boot: bool = False) -> Ended:
+        """Supervise until the VM ends or this process is told to leave it. `boot`: a launch from a full generation is
+        not to resume it.
 
         Raises LockedError if the VM has a supervisor; nothing of it is touched before that is known.
         """
@@ -96,7 +99,7 @@ class Supervisor:
         try:
             async with await serve(self.launcher.folder.control, self._requests.commands(), self.say):
                 async with self._operation:
-                    await self._start(begin)
+                    await self._start(begin, boot)
                 return await self._ended
         except _LeavingError:
             return Ended("not started: interrupted", interrupted=True)
@@ -114,13 +117,17 @@ class Supervisor:
         self,
         cause: str,
         *,
+        full: bool = False,
         tags: tuple[str, ...] = (),
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Captured:
-        """A generation of the running VM. Raises what capture raises; the guest runs on in any case."""
+        """A generation of the running VM. Raises what capture raises, and ConflictError where a full one cannot be had;
+        the guest runs on in any case."""
         async with self._operation:
-            return await self._snapshot(cause, tags, metadata, progress)
+            if full and self.state == "held":
+                raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
+            return await self._snapshot(cause, tags, metadata, progress, full=full)
 
     async def stop(self, *, keep: bool) -> Ended:
         """End the VM, captured first if `keep`; if that fails the guest runs on."""
@@ -147,22 +154,25 @@ class Supervisor:
             return await self._go_through_reboot(machine, "host reboot")
 
     async def roll_back(
-        self, point: str, *, discard: bool, progress: Progress
+        self, point: str, *, discard: bool, boot: bool = False, progress: Progress
     ) -> tuple[Generation, Generation, Captured | None]:
-        """Boot a fresh QEMU with the persistent memory of a generation.
+        """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one, if it is not to `boot`.
 
-        The new memory is restored and verified beside the old before the old QEMU is ended: until then, any error
-        leaves the guest as it was. Gives that generation, the one that history goes on from, and the capture.
+        The VM is captured first, unless what it has is to be discarded: in full, if a full one is resumed. The new
+        memory is restored and verified beside the old before the old QEMU is ended: until then, any error leaves the
+        guest as it was. Gives that generation, the one that history goes on from, and the capture.
         """
         async with self._operation:
             machine = self.machine
             generation = await self.in_store(lambda: self._own(point))
             prepared = await self.in_store(
-                lambda: self.launcher.prepare(self.repository, generation, progress, replaces=machine.memory)
+                lambda: self.launcher.prepare(self.repository, generation, progress, machine.memory, boot=boot)
             )
             try:
+                captured = None
+                if not discard:
+                    captured = await self._capture_before_rollback(machine, full=prepared.devices is not None)
                 await machine.stop()
-                captured = None if discard else await self._capture(machine, "before rollback", None)
                 head = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
             except BaseException:
                 await self.in_store(prepared.discard)
@@ -178,7 +188,18 @@ class Supervisor:
             self.say(f"rolled back to {generation.name}: {prepared.summary}")
             return generation, head.parent or generation, captured
 
-    async def _start(self, begin: Begin) -> None:
+    async def _capture_before_rollback(self, machine: Machine, *, full: bool) -> Captured:
+        """The guest is stopped afterwards: nothing of it is lost between this and its end."""
+        if full:
+            if self.state == "held":
+                raise ConflictError(f"VM {self.vm} is held and cannot be captured in full: --discard does without")
+            await machine.require_full()
+            execution = _Execution(machine, asyncio.get_running_loop(), leave_stopped=True)
+            return await self._capture(machine, "before rollback", execution, full=True)
+        await machine.stop()
+        return await self._capture(machine, "before rollback", None)
+
+    async def _start(self, begin: Begin, boot: bool) -> None:
         qemu = self.launcher.find()
         if qemu is not None and not await self.launcher.began(qemu):
             unborn, qemu = qemu, None
@@ -188,12 +209,12 @@ class Supervisor:
         if qemu is not None:
             await self._adopt(qemu)
         else:
-            await self._launch(generation)
+            await self._launch(generation, boot)
 
-    async def _launch(self, generation: Generation | None) -> None:
+    async def _launch(self, generation: Generation | None, boot: bool) -> None:
         try:
             prepared = await self.in_store(
-                lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving)
+                lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving, boot=boot)
             )
         except IntegrityError as error:
             problem = (
@@ -207,6 +228,8 @@ class Supervisor:
         for warning in prepared.warnings:
             self.say(f"warning: {warning}")
         self.say(f"{self.vm} started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}")
+        for problem in machine.full_problems:
+            self.say(f"{self.vm} cannot be captured in full: {problem}")
         self.say(f"{self.vm} tracker: {machine.tracking.choice.kind} ({machine.tracking.choice.reason})")
 
     async def _adopt(self, qemu: Qemu) -> None:
@@ -300,10 +323,14 @@ class Supervisor:
         tags: tuple[str, ...] = (),
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        *,
+        full: bool = False,
     ) -> Captured:
         machine = self.machine
+        if full:
+            await machine.require_full()
         execution = None if self.state == "held" else _Execution(machine, asyncio.get_running_loop())
-        return await self._capture(machine, cause, execution, tags, metadata, progress)
+        return await self._capture(machine, cause, execution, tags, metadata, progress, full=full)
 
     async def _capture(
         self,
@@ -313,9 +340,11 @@ class Supervisor:
         tags: tuple[str, ...] = (),
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        *,
+        full: bool = False,
     ) -> Captured:
-        regions = machine.captured_regions()
-        facts = {**machine.metadata(), **(metadata or {})}
+        regions = await self.in_store(lambda: machine.captured_regions(full=full))
+        facts = {**machine.metadata(full=full), **(metadata or {})}
 
         def work() -> Captured:
             return capture(
@@ -326,6 +355,7 @@ class Supervisor:
                 execution,
                 cause=cause,
                 parent=machine.parent,
+                full=full,
                 tags=tags,
                 metadata=facts,
                 progress=progress or self._progress,
@@ -401,13 +431,30 @@ class Supervisor:
 
 
 class _Execution:
-    """Stops and continues the guest for a capture, which runs in the repository's thread."""
+    """Stops and continues the guest for a capture, which runs in the repository's thread.
 
-    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop) -> None:
-        self._machine, self._loop = machine, loop
+    `leave_stopped`: what is captured is all that will have been; the supervisor continues it if that comes to nothing.
+    """
+
+    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop, *, leave_stopped: bool = False) -> None:
+        self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
+
+    def prepare(self) -> None:
+        self._wait(migration.prepare(self._machine.monitor))
 
     def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._machine.stop(), self._loop).result()
+        self._wait(self._machine.stop())
+
+    def device_state(self) -> int:
+        return self._wait(self._machine.device_state())
 
     def cont(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._machine.cont(), self._loop).result()
+        if not self._leave_stopped:
+            self._wait(self._machine.go_on())
+
+    def take_back(self) -> None:
+        with suppress(VirtualMachineError):  # a next supervisor will; what was captured is good
+            self._wait(migration.take_back(self._machine.monitor))
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()

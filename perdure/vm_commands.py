@@ -61,7 +61,7 @@ def reboot(options: Namespace) -> None:
 def snapshot(options: Namespace) -> None:
     """`perdure snapshot`"""
     output = _output(options)
-    done = _call(options.vm, "snapshot", {"tags": options.tag}, output)
+    done = _call(options.vm, "snapshot", {"tags": options.tag, "full": options.full}, output)
     output.result(done, lambda: [_snapshot_text(done)])
 
 
@@ -71,14 +71,9 @@ def rollback(options: Namespace) -> None:
     vm, at, _ = options.point.rpartition("@")
     if not at:
         raise UsageError(f"{options.point!r}: write VM@N, so that it is clear which VM is rolled back")
-    done = _call(vm, "rollback", {"point": options.point, "discard": options.discard}, output)
-    output.result(
-        done,
-        lambda: [
-            f"{vm} boots with the persistent memory of {vm}@{done['generation']}, and goes on as "
-            f"{vm}@{done['goes_on_as']}; {_kept_as(done)}"
-        ],
-    )
+    arguments = {"point": options.point, "discard": options.discard, "boot": options.boot}
+    done = _call(vm, "rollback", arguments, output)
+    output.result(done, lambda: [_rollback_text(done)])
 
 
 def regions(options: Namespace) -> None:
@@ -133,6 +128,13 @@ def _kept_as(done: dict[str, Any]) -> str:
     return f"what it had is {done['vm']}@{done['captured']}" if done.get("captured") else "what it had was not captured"
 
 
+def _rollback_text(done: dict[str, Any]) -> str:
+    vm = done["vm"]
+    from_there = f"{vm}@{done['generation']}"
+    how = f"resumed at {from_there}" if done["resumed"] else f"boots with the persistent memory of {from_there}"
+    return f"{vm} {how}, and goes on as {vm}@{done['goes_on_as']}; {_kept_as(done)}"
+
+
 def _snapshot_text(done: dict[str, Any]) -> str:
     return (
         f"{done['vm']}@{done['generation']} {done['id'][:12]}: {format_size(done['region_bytes'])} kept, "
@@ -150,7 +152,7 @@ def _list_text(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _status_text(found: dict[str, Any]) -> Iterator[str]:
-    for key in ("vm", "state", "pid", "generation", "repository", "accelerator", "tracker", "agent"):
+    for key in ("vm", "state", "pid", "generation", "repository", "accelerator", "tracker", "full", "agent"):
         if found.get(key) is not None:
             yield f"{key:<12} {found[key]}"
     for name, region in found.get("regions", {}).items():

@@ -19,6 +19,10 @@ from base.progress import Progress, silent
 from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
+from vm.config import DEVICES, RAM
+
+NOT_KEPT = (RAM, DEVICES)
+"""Regions of full generations that a VM which boots does without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +36,22 @@ class Restored:
     verify_seconds: float
 
 
+def read_devices(repository: Repository, generation: Generation) -> bytes:
+    """The state of the devices of a full generation. It is as secret as memory: nowhere but in memory.
+
+    Raises NotFoundError, IntegrityError.
+    """
+    with GenerationReader(repository, generation) as reader:
+        return b"".join(reader.stream(reader.region(DEVICES)))
+
+
 def restore_regions(
     repository: Repository, generation: Generation, files: Mapping[str, Path], progress: Progress = silent
 ) -> Restored:
     """Fill backing files (region name -> path of an empty sparse file of the region's size).
 
-    Raises ConflictError (the VM's regions are not those of the generation), IntegrityError, StorageError.
+    Of a full generation it is the caller's choice whether main memory is among them. Raises ConflictError (the VM's
+    regions are not those of the generation), IntegrityError, StorageError.
     """
     _require_same_regions(generation, files)
     written = verified = 0
@@ -61,13 +75,14 @@ def restore_regions(
 
 def _require_same_regions(generation: Generation, files: Mapping[str, Path]) -> None:
     """A region that the VM has and the generation lacks is new and starts empty; the other way memory would be lost."""
-    extra = [name for name in generation.regions if name not in files]
+    regions = {name: region for name, region in generation.regions.items() if name in files or name not in NOT_KEPT}
+    extra = [name for name in regions if name not in files]
     if extra:
         raise ConflictError(
             f"{generation.name} has region {', '.join(extra)}, which the VM lacks: restore with the VM description "
             "that it was captured with"
         )
-    for name, region in generation.regions.items():
+    for name, region in regions.items():
         length, size = region.root.length, files[name].stat().st_size
         if length != size:
             raise ConflictError(

@@ -153,7 +153,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A region of a generation, ready to be read. `kept_bytes` of `root.length` are kept over a reboot."""
+    """A region of a generation, ready to be read, which keeps `kept_bytes` of the `root.length`."""
 
     name: str
     kind: str
@@ -189,6 +189,11 @@ class Generation:
     def region_bytes(self) -> int:
         """Bytes that this generation keeps."""
         return sum(region.kept_bytes for region in self.regions.values())
+
+    @property
+    def full(self) -> bool:
+        """Whether it is a whole VM's: with main memory and the state of its devices."""
+        return any(region.kind == "device" for region in self.regions.values())
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -320,10 +320,12 @@ class Repository:
         with self.environment.read() as txn:
             return self.catalog.has(txn, generation.id)
 
-    def writer(self, vm: str, parent: Generation | None = None) -> GenerationWriter:
-        """Begin a generation of a VM, from its parent's content if one is given.
+    def writer(
+        self, vm: str, parent: Generation | None = None, bases: Mapping[str, Generation] | None = None
+    ) -> GenerationWriter:
+        """Begin a generation of a VM, from its parent's content if one is given, or that of another base, by region.
 
-        Raises NotFoundError if the parent was forgotten; what `refresh` does.
+        Raises NotFoundError if one of them was forgotten; what `refresh` does.
         """
         self.storage.remove_leftovers("packs")
         if not self._locked_out:
@@ -331,7 +333,7 @@ class Repository:
                 self._renew_keys()
             except PerdureError:  # the keys at hand will do until somebody has written with newer ones
                 self._locked_out = True
-        return GenerationWriter(self, vm, parent)
+        return GenerationWriter(self, vm, parent, bases or {})
 
     def unfit(self, parent: Generation | None) -> frozenset[str]:
         """Regions of a parent on which a new generation must not be built, since something of them is lost.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -60,13 +60,19 @@ class RegionDraft:
 
 
 class GenerationWriter:
-    """One generation in the making; made by `Repository.writer`."""
+    """One generation in the making; made by `Repository.writer`.
 
-    def __init__(self, repository: Repository, vm: str, parent: Generation | None) -> None:
-        self._repository, self._vm, self._parent = repository, vm, parent
-        self._lease = repository.lease(leases.WRITER, f"writer of VM {vm}", [parent] if parent else [])
+    A region begins as it is in the parent. One that not every generation has, as main memory, may have another base in
+    `bases`, by name: the last generation that has it, since which it is known what changed.
+    """
+
+    def __init__(
+        self, repository: Repository, vm: str, parent: Generation | None, bases: Mapping[str, Generation]
+    ) -> None:
+        self._repository, self._vm, self._parent, self._bases = repository, vm, parent, bases
+        stands_on = {each.id: each for each in (*bases.values(), *([parent] if parent else ()))}
+        self._lease = repository.lease(leases.WRITER, f"writer of VM {vm}", list(stands_on.values()))
         self._nodes = NodeWriter(repository.storage, repository.keys, repository.nodes, repository.settings.pack_bytes)
-        self._unfit = repository.unfit(parent)
         self._local: LocalLane | None = None
         self._workers: Lanes | None = None
         self._drafts: dict[str, RegionDraft] = {}
@@ -85,9 +91,10 @@ class GenerationWriter:
     def region(
         self, name: str, kind: str, length: int, *, chunk_size: int = PAGE, kept_bytes: int | None = None
     ) -> RegionDraft:
-        """Begin a region with the parent's content, or empty. `kept_bytes` defaults to `length`."""
-        before = self._parent.regions.get(name) if self._parent else None
-        anew = before is not None and name in self._unfit
+        """Begin a region with the content that it has in its base, or empty. `kept_bytes` defaults to `length`."""
+        base = self._bases.get(name, self._parent)
+        before = base.regions.get(name) if base else None
+        anew = base is not None and before is not None and name in self._repository.unfit(base)
         if before is not None and not anew and before.root.chunk_size == chunk_size:
             root = self._resized(before.root, length)
         else:

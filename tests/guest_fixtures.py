@@ -79,7 +79,10 @@ class Rig:
         monkeypatch.setattr(guest, "SOCKET_PATH", str(path))
         self.listener = guest.listen(str(path))
         self.now, self.ports, self.prepared = 100.0, [], []
-        self.agent = guest.Agent(self.listener, self._open, self.prepared.append, lambda: self.now)
+        self.renewed = []
+        self.agent = guest.Agent(
+            self.listener, self._open, self.prepared.append, lambda: self.now, lambda *given: self.renewed.append(given)
+        )
         self.regions = Regions.of("vm", [Device("pm0", 1 << 32, 64 * MIB)])
         self.clients = []
 

@@ -164,7 +164,7 @@ class GuestChannel:
         self._suppressed = 0
         self._malformed = 0
         self._writer: asyncio.StreamWriter | None = None
-        self._event: bytes | None = None  # what a guest is told as soon as there is a connection
+        self._event: tuple[int, bool] | None = None  # what a guest is told as soon as there is a connection
         self._answers: OrderedDict[int, bytes | None] = OrderedDict()  # of checkpoints; None while pending
         self._checkpoints: set[asyncio.Task[None]] = set()
 
@@ -193,9 +193,12 @@ class GuestChannel:
                 task.cancel()
             await asyncio.gather(*self._checkpoints, return_exceptions=True)
 
-    def resumed(self, generation: int) -> None:
-        """Tell the guest that it goes on from a generation: now, or as soon as there is a connection."""
-        self._event = protocol.encode_resumed(generation)
+    def resumed(self, generation: int, *, renew: bool = False) -> None:
+        """Tell the guest that it goes on from a generation: now, or as soon as there is a connection.
+
+        `renew`: from the very instant, so that its clock is late and its random numbers would come once more.
+        """
+        self._event = (generation, renew)
         self._send_event()
 
     def remember(self, request: int, committed: Committed) -> None:
@@ -316,8 +319,11 @@ class GuestChannel:
 
     def _send_event(self) -> None:
         if self._event is not None and self.connected:
-            event, self._event = self._event, None
-            self._send(event)
+            (generation, renew), self._event = self._event, None
+            if renew:
+                self._send(protocol.encode_resumed(generation, os.urandom(protocol.SEED_BYTES), time.time()))
+            else:
+                self._send(protocol.encode_resumed(generation))
 
     def _send(self, line: bytes) -> None:
         """Queue a line for the guest. Without a connection it is lost, and the guest asks again."""

@@ -11,7 +11,7 @@ Source: qemu(1), QEMU 7.2.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,9 @@ from vm.firmware import Firmware
 from vm.folder import RuntimeFolder
 from vm.memory import BackingFile
 from vm.protocol import PORT_NAME
+
+VARIABLES_NODE = "firmware-variables"
+"""Block node of the UEFI variables, whose content is part of the state of the devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,33 @@ class Platform:
     variables: Path | None
     """The VM's copy of the UEFI variables."""
     uuid: str
+    generation_id: bool = False
+    """Whether there is a device with a random id that is another one at each launch (QEMU, docs/specs/vmgenid)."""
+
+
+_VISIBLE = ("-device", "-nic", "-net", "-global", "-vga", "-usb", "-usbdevice", "-watchdog")
+"""Options of which devices of the guest come."""
+
+
+def devices_of(arguments: Sequence[str]) -> list[str]:
+    """What of a command line makes devices that the guest sees, in order: a saved state fits these and no others."""
+    return [
+        f"{option} {value}".strip()
+        for option, value in zip(arguments, [*arguments[1:], ""], strict=True)
+        if option in _VISIBLE
+    ]
 
 
 def command_line(
-    vm: Description, platform: Platform, folder: RuntimeFolder, files: Mapping[str, BackingFile]
+    vm: Description,
+    platform: Platform,
+    folder: RuntimeFolder,
+    files: Mapping[str, BackingFile],
+    *,
+    incoming: bool = False,
 ) -> list[str]:
-    """All arguments, the program first. `files` has a backing file for main memory and for each region."""
+    """All arguments, the program first. `files` has a backing file for main memory and for each region. `incoming`:
+    it waits for a device state to be loaded, and leaves alone what is in memory."""
     return [
         str(platform.binary),
         *("-name", f"guest={vm.name},process=perdure-{vm.name}", "-uuid", platform.uuid),
@@ -54,8 +78,10 @@ def command_line(
         *_channels(folder),
         *_firmware(platform),
         *_boot(vm),
+        *(("-device", _json({"driver": "vmgenid", "guid": "auto"})) if platform.generation_id else ()),
         *(argument for disk in vm.disks for argument in _disk(disk, vm)),
         *vm.extra,
+        *(("-incoming", "defer") if incoming else ()),
     ]
 
 
@@ -63,7 +89,7 @@ def _machine(vm: Description, platform: Platform, files: Mapping[str, BackingFil
     """The machine, main memory and the NVDIMMs. The guest's memory is left out of core dumps, which go to disks."""
     machine = f"{platform.machine},memory-backend={RAM},dump-guest-core=off"
     if platform.firmware.kind == "ovmf":
-        machine += ",pflash0=firmware-code,pflash1=firmware-variables"
+        machine += f",pflash0=firmware-code,pflash1={VARIABLES_NODE}"
     memory = f"size={vm.memory}b"
     if vm.regions:
         machine += ",nvdimm=on"
@@ -96,7 +122,7 @@ def _firmware(platform: Platform) -> Iterator[str]:
         return
     for node, path, kind, readonly in (
         ("firmware-code", firmware.code, firmware.code_format, True),
-        ("firmware-variables", platform.variables, firmware.template_format, False),
+        (VARIABLES_NODE, platform.variables, firmware.template_format, False),
     ):
         file = {"driver": "file", "filename": str(path), "read-only": readonly}
         yield from ("-blockdev", _json({"driver": kind, "node-name": node, "read-only": readonly, "file": file}))

@@ -29,6 +29,8 @@ MEMORY_BYTES_MIN = 16 << 20
 REGIONS_MAX = 64
 RAM = "ram"
 """Name of main memory where a region is named; no region of a file can have it."""
+DEVICES = "device"
+"""Name of the state of the devices where a region is named; no region of a file can have it."""
 CPUS_MAX = 255
 """With more, x86 needs an interrupt remapping device."""
 
@@ -257,8 +259,10 @@ def _problems(vm: Description) -> Iterable[tuple[str, str]]:
             yield f"extra[{at}]", "must not contain line breaks"
     if len(vm.regions) > REGIONS_MAX:
         yield f"region[{REGIONS_MAX}]", f"no more than {REGIONS_MAX} regions are possible"
-    yield from _name_problems("region", [region.name for region in vm.regions], reserved=RAM)
-    yield from _name_problems("disk", [disk.name for disk in vm.disks])
+    yield from _name_problems(
+        "region", [region.name for region in vm.regions], {RAM: "main memory", DEVICES: "device state"}
+    )
+    yield from _name_problems("disk", [disk.name for disk in vm.disks], {})
     for at, region in enumerate(vm.regions):
         yield from _size_problems(f"region[{at}].size", region.size, REGION_BYTES_MIN)
 
@@ -284,12 +288,12 @@ def _file_problems(vm: Description) -> Iterable[tuple[str, str]]:
             yield key, f"{path} is a folder"
 
 
-def _name_problems(table: str, names: list[str], reserved: str | None = None) -> Iterable[tuple[str, str]]:
+def _name_problems(table: str, names: list[str], reserved: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     for at, name in enumerate(names):
         key = f"{table}[{at}].name"
         if not _PART_NAME.fullmatch(name):
             yield key, f"{name!r} is not a {table}'s name: up to 24 letters, digits, . _ or -, a letter first"
-        if name == reserved:
-            yield key, f"{name!r} is the name of main memory: choose another"
+        if name in reserved:
+            yield key, f"{name!r} is the name of {reserved[name]}: choose another"
         if name in names[:at]:
             yield key, f"two {table}s are named {name}"

@@ -139,6 +139,14 @@ class Monitor:
         with self.events(name) as events:
             return await events.next(timeout_s, **data)
 
+    async def give_descriptor(self, name: str, descriptor: int) -> None:
+        """Hand QEMU a copy of an open file, under a name (`getfd`). Raises VirtualMachineError."""
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError) as error:
+            raise VirtualMachineError(f"VM {self.vm}: cannot hand a descriptor to QEMU: {error}") from error
+        await self.execute("getfd", fdname=name)
+
     async def stop(self) -> None:
         """Pause the guest; its disk I/O is complete afterwards."""
         await self.execute("stop")

@@ -15,7 +15,9 @@ Host to guest, exactly one reply to each request, and events:
     {"v":1,"id":N,"ok":true,"vm":"demo","restored":N|null,"regions":[...],"next":A|null}   hello
     {"v":1,"id":N,"ok":true,"generation":N,"generation_id":"hex"}                  checkpoint, after the commit
     {"v":1,"id":N,"ok":false,"error":"one line","kind":"bounds|overlap|..."}
-    {"v":1,"event":"resumed","generation":N}
+    {"v":1,"event":"resumed","generation":N}           its persistent memory is that generation's
+    {"v":1,"event":"resumed","generation":N,"seed":"hex","time":T}     so are all memory and devices: it must take
+                                                       new random numbers, and the time (seconds since 1970)
 
 A listing that does not fit one line is cut: `next` is then the address to ask `from`. What is not a request at
 all is answered with id 0. Empty lines mean nothing: each side sends one when it starts, so that half a line left
@@ -40,6 +42,8 @@ LINE_BYTES_MAX = 65536
 """Bytes of a line, newline included, in both directions."""
 TAGS_MAX = 4096
 NAME_CHARACTERS_MAX = 128
+SEED_BYTES = 64
+"""Random bytes for a guest that goes on from an instant from which it may go on more than once."""
 REQUESTS_PER_SECOND = 200
 REQUEST_BURST = 20
 """Requests that are served at once after a quiet time, before the rate holds them back."""
@@ -224,9 +228,10 @@ def encode_refused(request: int, kind: Kind, problem: str) -> bytes:
     return _ENCODER.encode({"v": VERSION, "id": request, "ok": False, "error": text, "kind": kind}) + b"\n"
 
 
-def encode_resumed(generation: int) -> bytes:
-    """The event that tells a guest it goes on from a generation."""
-    return _ENCODER.encode({"v": VERSION, "event": "resumed", "generation": generation}) + b"\n"
+def encode_resumed(generation: int, seed: bytes = b"", now: float | None = None) -> bytes:
+    """The event that tells a guest it goes on from a generation; with both, from its very instant."""
+    renewal = {} if now is None else {"seed": seed.hex(), "time": now}
+    return _ENCODER.encode({"v": VERSION, "event": "resumed", "generation": generation, **renewal}) + b"\n"
 
 
 def _reply(request: int, facts: dict[str, Any]) -> bytes:

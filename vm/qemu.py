@@ -205,6 +205,14 @@ def resolve_machine(vm: str, binary: Path, name: str) -> str:
     return machine_of(_ask(vm, binary, "-machine", "help"), name) or _no_machine(vm, binary, name)
 
 
+def has_device(vm: str, binary: Path, driver: str) -> bool:
+    """Whether this QEMU knows a device; one that cannot even say that will say at its start what is wrong."""
+    try:
+        return f'name "{driver}"' in _ask(vm, binary, "-device", "help")
+    except VirtualMachineError:
+        return False
+
+
 def machine_of(listing: str, name: str) -> str | None:
     """From the text of `-machine help`; None if the machine is not in it."""
     for line in listing.splitlines()[1:]:

@@ -128,9 +128,10 @@ class Run:
 
 
 class Supervised:
-    """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml."""
+    """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml, `extra` more
+    arguments of QEMU."""
 
-    def __init__(self, image: Image, *, tracker: str = "auto", settings: str = "") -> None:
+    def __init__(self, image: Image, *, tracker: str = "auto", settings: str = "", extra: tuple[str, ...] = ()) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="p-", dir="/dev/shm"))
         self.state = self.folder / "state"
         self.repository = self.folder / "repository"
@@ -151,6 +152,7 @@ extra = [
     "-chardev", "socket,id=test,path={self.folder}/test.sock,server=on,wait=off",
     "-device", '{{"driver":"virtserialport","chardev":"test","name":"org.perdure.test.0"}}',
     "-device", "pvpanic-pci",
+    {"".join(f"{json.dumps(word)}, " for word in extra)}
 ]
 {settings}
 [[region]]
@@ -289,9 +291,13 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
 
     @property
     def baseline(self) -> str | None:
-        """Generation since which tracking has found every write, by its journal; None while that is not known."""
+        """Generation since which tracking of pm0 has found every write, by its journal; None if that is not known."""
+        return self.baseline_of("pm0")
+
+    def baseline_of(self, region: str) -> str | None:
+        """The same for any region."""
         noted = json.loads((self.runtime / "journal.json").read_text())
-        return None if noted["collecting"] else noted["generation"]
+        return None if region in noted["collecting"] else noted["baselines"].get(region)
 
     def kill_qemu(self) -> None:
         """SIGKILL."""
@@ -318,10 +324,14 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
 
     def report(self) -> str:
         """What the supervisors said and the end of what the guest wrote, for whoever reads of a failure."""
-        console = self.runtime / "console.log"
-        written = console.read_text(errors="replace")[-4000:] if console.exists() else "(gone)"
         self.run.look()
-        return "\n".join([*(run.text for run in self.runs), "console:", written])
+        return "\n".join([*(run.text for run in self.runs), "console:", self.console[-4000:]])
+
+    @property
+    def console(self) -> str:
+        """What the guest has written."""
+        path = self.runtime / "console.log"
+        return path.read_text(errors="replace") if path.exists() else "(gone)"
 
     def healthy(self) -> bool:
         """Whether there is a supervisor, and a guest that answers."""

@@ -402,7 +402,7 @@ qemu = Identity.of(pid)
 journal = Journal(folder / "tracking.json", qemu, Disk())
 tracking = start_tracking("test", qemu, {"ram": memory}, Facts(Kernel.probe()), journal, running=True, restored="aa01")
 if collects:
-    journal.begin_collect()
+    journal.begin_collect(["ram"])
     tracking.trackers["ram"].collect(running=True)
 print("armed", flush=True)
 sys.stdin.read()

@@ -112,6 +112,15 @@ def test_a_resumed_guest_asks_again_at_once(rig):
     assert rig.reply(client)["generation"] == 3
 
 
+def test_a_guest_that_went_on_from_an_instant_gets_random_bytes_and_the_time(rig):
+    host = rig.greeted()
+    host.connection.sendall(protocol.encode_resumed(4))  # its persistent memory only
+    host.connection.sendall(b'{"v":1,"event":"resumed","generation":5,"seed":"no hex","time":1}\n')
+    host.connection.sendall(protocol.encode_resumed(6, bytes(range(64)), 1.5e9))
+    rig.until(lambda: rig.renewed)
+    assert rig.renewed == [(bytes(range(64)), 1.5e9)]
+
+
 def test_garbage_from_the_host_stops_nothing(rig):
     host, client = rig.greeted(), rig.client()
     ask(client, 9, "query")

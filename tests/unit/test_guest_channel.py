@@ -339,6 +339,18 @@ def test_events_reach_the_guest_now_or_with_the_next_connection(host, guest):
     third.close()
 
 
+def test_a_guest_that_goes_on_from_an_instant_is_told_other_random_bytes_each_time(host, guest):
+    assert guest.call("query")["ok"]
+    began, told = time.time(), []
+    for _ in range(2):
+        host.do(lambda: host.channel.resumed(5, renew=True))
+        told.append(guest.message())
+    assert all(each["event"] == "resumed" and began <= each["time"] <= time.time() for each in told)
+    seeds = {bytes.fromhex(each["seed"]) for each in told}
+    assert {len(each) for each in seeds} == {64}
+    assert len(seeds) == 2
+
+
 def test_a_repeated_checkpoint_is_one_checkpoint(host, guest):
     request = guest.ask("checkpoint")
     guest.ask("checkpoint", request)

@@ -1,0 +1,268 @@
+"""Full generations, end to end, on real QEMU: all memory and the devices at one instant, while the guest goes on.
+
+Judged by QEMU's own pmemsave of a guest that somebody else has stopped, and by a program in the guest that finds every
+page of its ordinary memory torn which is not of the instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from supervised import MEMORY, MIB, NAME, PAGE, SECONDS, Image, Supervised
+from test_survival import TRACKERS, Lender, boot, content, only, reboot, write
+
+pytestmark = pytest.mark.qemu
+
+PAGES = 2048
+ORDINARY = f"""
+ordinary = mmap.mmap(-1, {PAGES * PAGE})
+numbers, steps, torn = memoryview(ordinary).cast("Q"), [0], []
+
+def walk():
+    step = steps[0] + 1
+    at = step * 7 % {PAGES} * 512
+    if numbers[at] != max(0, step - {PAGES}):
+        torn.append([step, numbers[at]])
+    numbers[at] = steps[0] = step
+
+work(walk)
+"""
+"""A walk over pages that takes all of them in turn: each must hold the step in which it was there last."""
+
+
+@pytest.fixture(scope="module")
+def lender(guest_image: Image) -> Iterator[Lender]:
+    made = Lender(guest_image)
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=TRACKERS)
+def vm(request: pytest.FixtureRequest, lender: Lender) -> Iterator[Supervised]:
+    """A running VM whose guest walks, with each tracker that this kernel can have."""
+    vm = lender.lend(request.param)
+    vm.guest.run(ORDINARY)
+    yield vm
+    print(vm.report())  # shown for a test that fails
+
+
+whatever_tracker = pytest.mark.parametrize("vm", ["auto"], indirect=True)
+
+
+def walked(vm: Supervised) -> int:
+    """Steps so far; nothing was torn."""
+    steps, torn = vm.guest.run("[steps[0], torn[:3]]")
+    assert torn == []
+    return int(steps)
+
+
+def goes_on(vm: Supervised) -> None:
+    """The guest takes as many steps as there are pages, so that every one of them is looked at."""
+    began = walked(vm)
+    vm.until(lambda: walked(vm) > began + PAGES, "the guest goes on")
+
+
+def export(vm: Supervised, number: int, region: str) -> bytes:
+    path = vm.folder / "export-full"
+    vm.perdure("export", f"{NAME}@{number}", region, path)
+    found = path.read_bytes()
+    path.unlink()
+    return found
+
+
+def boot_or_resume(vm: Supervised) -> None:
+    """`perdure run` until the guest answers; nothing is sent to it."""
+    vm.boot()
+
+
+def different_pages(a: Any, b: Any) -> list[int]:
+    """Numbers of the pages in which two regions differ."""
+    pages = [np.frombuffer(each[:], np.uint64).reshape(-1, PAGE // 8) for each in (a, b)]
+    return np.flatnonzero((pages[0] != pages[1]).any(axis=1)).tolist()
+
+
+def full(vm: Supervised) -> Any:
+    made = vm.perdure("snapshot", NAME, "--full")
+    assert made["full"]
+    return made
+
+
+def judged(vm: Supervised) -> Any:
+    """A full generation of a guest that the judge has stopped, and dumped: they are equal. The guest goes on."""
+    vm.judge.execute("stop")
+    with vm.memory() as there:
+        made = full(vm)
+        for region, memory in there.items():
+            assert export(vm, made["generation"], region) == memory[:], region
+    goes_on(vm)
+    return made
+
+
+def nothing_is_left(vm: Supervised) -> None:
+    """In QEMU, of what a save needs."""
+    capabilities = vm.judge.execute("query-migrate-capabilities")
+    assert [each["capability"] for each in capabilities if each["state"]] == []
+    assert vm.judge.execute("query-migrate-parameters")["max-bandwidth"] == 128 * MIB
+    assert vm.judge.execute("query-status")["status"] == "running"
+
+
+def test_full_generations_are_all_memory_at_one_instant(vm: Supervised) -> None:
+    write(vm, "kept", 1)
+    vm.guest.run(
+        f"_, there = untagged({2 * MIB}); there[:] = content(2, {2 * MIB})"
+    )  # not tagged: only full ones have it
+    first = judged(vm)
+    vm.guest.run("change([3, 5], 700)")
+    part = vm.perdure("snapshot", NAME)
+    assert not part["full"]
+    assert part["dirty_bytes"] == 2 * PAGE
+    second = judged(vm)
+    assert second["dirty_bytes"] < first["dirty_bytes"] / 2
+    nothing_is_left(vm)
+    *_, one, two, three = vm.log()
+    assert [each["full"] for each in (one, two, three)] == [True, False, True]
+    assert [each["name"] for each in two["regions"]] == ["pm0"]
+    assert {(each["name"], each["kind"]) for each in three["regions"]} == {
+        ("ram", "ram"),
+        ("pm0", "pmem"),
+        ("device", "device"),
+    }
+    vm.guest.run("finish()")
+    reboot(vm)  # memory is scrubbed, which no tracker sees
+    vm.guest.run(ORDINARY)
+    judged(vm)
+
+
+@whatever_tracker
+def test_a_killed_supervisor_costs_no_page_of_a_full_generation_and_leaves_nothing_in_qemu(vm: Supervised) -> None:
+    made = judged(vm)
+    vm.perdure("snapshot", NAME)
+    vm.run.kill()
+    boot(vm)
+    if vm.status()["tracker"].startswith("userfaultfd"):
+        assert vm.baseline_of("ram") == made["id"]
+    judged(vm)
+    history = vm.log()
+    with vm.beside("snapshot", NAME, "--full"):
+        vm.until(lambda: any(each["state"] for each in vm.judge.execute("query-migrate-capabilities")), "a save")
+        vm.run.kill()
+    assert vm.log() == history
+    boot(vm)
+    goes_on(vm)
+    nothing_is_left(vm)
+    judged(vm)
+
+
+@whatever_tracker
+def test_a_guest_that_is_killed_in_a_full_capture_leaves_its_persistent_memory(vm: Supervised) -> None:
+    area = write(vm, "kept", 4)
+    with vm.beside("snapshot", NAME, "--full"):
+        vm.until(lambda: any(each["state"] for each in vm.judge.execute("query-migrate-capabilities")), "a save")
+        vm.kill_qemu()
+    assert vm.run.ended() == 1
+    latest = vm.log()[-1]
+    assert not latest["full"]
+    assert area.of(vm.export()) == content(4)
+
+
+@whatever_tracker
+def test_a_rollback_to_a_full_generation_goes_on_from_its_instant(vm: Supervised) -> None:
+    """In a fresh QEMU, with a new generation id and new random numbers, and everything works as before."""
+    area = write(vm, "kept", 5)
+    vm.guest.run("import time; time.clock_settime(time.CLOCK_REALTIME, 1e9)")
+    made = judged(vm)
+    then = walked(vm)
+    vm.guest.run(f"memory[:] = content(6, {area.size})")
+    goes_on(vm)
+    before, generation_id, booted = vm.status(), vm.judge.execute("query-vm-generation-id"), vm.guest.boot_id
+    asked = time.time()
+    done = vm.perdure("rollback", f"{NAME}@{made['generation']}")
+    assert done["resumed"]
+    assert vm.guest.wait_ready(SECONDS) == booted
+    assert vm.guest.run("steps[0]") < then + PAGES
+    goes_on(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 5)")
+    vm.until(lambda: "the kernel's random numbers are new" in vm.console, "the agent has noticed")
+    assert vm.guest.run("time.time()") > asked
+    assert vm.status()["pid"] != before["pid"]
+    assert vm.judge.execute("query-vm-generation-id") != generation_id
+    with vm.before_boot() as found:  # as the hook found it, before the guest went on
+        assert export(vm, made["generation"], "pm0") == found["pm0"][:]
+        assert len(different_pages(export(vm, made["generation"], "ram"), found["ram"])) == 1  # the generation id
+    captured, head = vm.log()[-2:]
+    assert (captured["cause"], captured["generation"], captured["full"]) == ("before rollback", done["captured"], True)
+    assert (head["cause"], head["parent"], head["full"]) == ("rollback", made["id"], True)
+    nothing_is_left(vm)
+    judged(vm)
+    reboot(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 5)")
+    vm.perdure("rollback", f"{NAME}@{captured['generation']}", "--discard")
+    assert vm.guest.wait_ready(SECONDS) == booted
+    assert walked(vm) > then + PAGES
+    assert vm.guest.run(f"holds('kept', {area.size}, 6)")
+
+
+@whatever_tracker
+def test_a_full_generation_can_be_gone_on_from_or_booted_after_power_loss(vm: Supervised) -> None:
+    area = write(vm, "kept", 7)
+    vm.guest.run(f"_, there = untagged({2 * MIB}); there[:] = content(2, {2 * MIB})")
+    full(vm)
+    booted = vm.guest.boot_id
+    vm.lose_power()
+    boot_or_resume(vm)
+    assert "resumed" in vm.run.text
+    assert vm.guest.boot_id == booted
+    goes_on(vm)
+    number = full(vm)["generation"]
+    vm.lose_power()
+    boot(vm, "--from", f"{NAME}@{number}", "--boot")
+    assert vm.guest.boot_id != booted
+    with vm.before_boot() as found:
+        assert found["pm0"][:] == only(export(vm, number, "pm0"), area)
+    assert vm.guest.run(f"holds('kept', {area.size}, 7)")
+    head = vm.log()[-1]
+    assert (head["cause"], head["full"], [each["name"] for each in head["regions"]]) == ("boot", False, ["pm0"])
+    vm.guest.run(ORDINARY)
+    judged(vm)
+    vm.lose_power()
+    description = (vm.folder / "VM.toml").read_text()
+    other = f"memory = {2 * MEMORY}\ncpu = 'qemu64'"
+    (vm.folder / "VM.toml").write_text(description.replace(f"memory = {MEMORY}", other))
+    run = vm.start()
+    assert run.ended() == 1
+    assert f"main memory was {MEMORY} and is {2 * MEMORY}; CPU model was max and is qemu64" in run.text
+    assert "--boot" in run.text
+    (vm.folder / "VM.toml").write_text(description.replace('"pvpanic-pci"', '"virtio-rng-pci"'))
+    run = vm.start()
+    assert run.ended() == 1
+    assert "it lacks -device pvpanic-pci; it has -device virtio-rng-pci" in run.text
+    (vm.folder / "VM.toml").write_text(description)
+    boot_or_resume(vm)
+
+
+def test_what_cannot_be_captured_in_full_is_named_and_refused(guest_image: Image, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(MIB))
+    settings = f"""
+[[disk]]
+name = "root"
+file = "{disk}"
+"""
+    more = ("-drive", "if=none,id=bare,driver=null-co,read-only=on", "-device", "nvme,serial=1,drive=bare")
+    with contextlib.closing(Supervised(guest_image, settings=settings, extra=more)) as vm:
+        vm.boot()
+        told = vm.status()["full"]
+        assert "nvme" in told
+        assert "disk drive-root is writable" in told
+        assert "cannot be captured in full" in vm.run.text
+        assert told.removeprefix("not possible: ") in vm.refused("snapshot", NAME, "--full")
+        assert vm.perdure("snapshot", NAME)["generation"] == 1
+        nothing_is_left(vm)
+        vm.run.process.send_signal(signal.SIGINT)
