@@ -28,7 +28,7 @@ class PruneSettings:
     max_unused_percent: float = 5.0
     max_rewrite_bytes: int | None = 16 << 30
     """None: no limit. Bytes of packs as they are stored. At some 100 MB/s this takes three minutes."""
-    scattered_ratio: float = 1.25
+    scattered_ratio: float = 1.15
     """Restoring the newest generation of a VM may cost so many times what it would from packs of its own."""
     scattered_least: int = 1 << 13
     """Below this many chunks opened in vain, that is not worth anything: some 10 ms of a restore."""

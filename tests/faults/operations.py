@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from base.disk import Disk
 from store.chunker import PackingSettings
 from store.keychain import Keychain, read_key_files
 from store.policy import Policy
+from store.prune import prune
+from store.prune_plan import PruneSettings
 from store.repository import Repository, create, read_mark
 from store.slots import NewSlot, new_keyring, unlock
 
@@ -98,7 +101,7 @@ OPERATIONS: dict[str, Operation] = {}
 
 
 def operation(work: Operation) -> Operation:
-    OPERATIONS[work.__name__.replace("_", "-")] = work
+    OPERATIONS[work.__name__.strip("_").replace("_", "-")] = work
     return work
 
 
@@ -172,6 +175,25 @@ def key_rotate(run: Run) -> None:
         chain.change(add=slot(PASSPHRASE), remove=[chain.keys.slot_id], rotate=True)
     with run.repository() as repository:  # and the first record of the new epoch
         repository.protect(repository.resolve("vm@3"), protected=True)
+
+
+@operation
+def prune_(run: Run) -> None:
+    with run.repository() as repository:
+        _, done = prune(repository, PruneSettings(max_unused_percent=0, scattered_least=1))
+        assert not done.waiting and not done.unreadable
+
+
+def key_rotate_rewrite(run: Run) -> None:
+    """The same machine as `prune`, with twice as many states: only where PERDURE_FAULTS asks for it."""
+    with run.keychain() as chain:
+        chain.change(add=slot(PASSPHRASE), remove=[chain.keys.slot_id], rotate=True)
+    with run.repository() as repository:
+        prune(repository, PruneSettings(epoch=repository.keys.current_epoch, max_rewrite_bytes=None))
+
+
+if os.environ.get("PERDURE_FAULTS") == "all":
+    operation(key_rotate_rewrite)
 
 
 @contextmanager

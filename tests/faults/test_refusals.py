@@ -23,7 +23,7 @@ from base.errors import ConflictError, NotFoundError, StorageError, WrongPassphr
 from store import format as layout
 from store.check import check_repository
 from store.keychain import left_over, read_key_files
-from store.records import GenerationBody, decode_record
+from store.records import GenerationBody, SwapBody, decode_record
 from store.repository import Repository
 from store.slots import unlock
 
@@ -131,6 +131,8 @@ def half_made(where, keys, refused: str, said: str) -> list[str]:
         previous = record.id
         if isinstance(record.body, GenerationBody):
             named |= set(record.body.packs)
+        elif isinstance(record.body, SwapBody):  # what it removed may be there until the next prune
+            named |= set(record.body.added)
     found += [each.name for each in (where.path / "packs").iterdir() if each.name not in named and each.name[0] != "."]
     if "keys were changed" not in said:  # else a removed slot may be left: the next change takes it away
         found += left_over(read_key_files(where.path))

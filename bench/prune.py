@@ -1,0 +1,140 @@
+"""How restores age, with and without prune: python -m bench.prune [--mib 1024] [--generations 100] [--dirty 0.02]
+
+An image gets many generations, each with some dirty pages. Then the newest is restored from four repositories, turn
+by turn: as it has grown ("grown"), after a prune with all generations kept ("kept"), after most were forgotten and a
+prune ("few"), and from a fresh import of the same image ("fresh"). Also measured: what prune rewrites and frees, and
+how long that takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from base.workers import WorkerPool, usable_cores
+from bench import images
+from store.chunker import PackingSettings
+from store.format_keys import Argon2Parameters
+from store.keychain import read_key_files
+from store.lanes import serve_chunker
+from store.prune import prune
+from store.prune_plan import PruneSettings
+from store.reader import GenerationReader
+from store.records import Generation
+from store.repository import Repository, create
+from store.slots import new_keyring, unlock
+
+_PASSPHRASE = b"benchmark"
+_CHEAP = Argon2Parameters(time=1, memory_kib=64, lanes=1)
+
+
+def main() -> None:
+    """Measure, print lines as they come, and at last all figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--generations", type=int, default=100)
+    parser.add_argument("--dirty", type=float, default=0.02)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as root:
+        print(json.dumps(measure(Path(root), options)))
+
+
+def measure(root: Path, options: argparse.Namespace) -> dict[str, float]:
+    """All figures."""
+    figures: dict[str, float] = {}
+    image = images.memory(options.mib, 1)
+    current = root / "image"
+    with WorkerPool(usable_cores(), serve_chunker) as pool:
+        with made(root / "grown", pool) as repository:
+            image.tofile(current)
+            parent = stored(repository, current, None, None)
+            for generation in range(options.generations):
+                dirty = images.dirtied(image, options.dirty, 1000 + generation)
+                image.tofile(current)
+                parent = stored(repository, current, parent, dirty)
+                if generation % 10 == 9:
+                    print(f"{generation + 1} generations", file=sys.stderr)
+        with made(root / "fresh", pool) as repository:
+            stored(repository, current, None, None)
+    names = ["grown", "kept", "few", "fresh"]
+    for name, settings in (("kept", PruneSettings()), ("few", PruneSettings())):
+        shutil.copytree(root / "grown", root / name)
+        with opened(root / name) as repository:
+            if name == "few":
+                for generation in repository.generations("vm")[1:-1]:
+                    repository.forget(generation)
+            began = time.monotonic()
+            planned, result = prune(repository, settings)
+            figures |= {
+                f"{name}_prune_seconds": round(time.monotonic() - began, 2),
+                f"{name}_rewritten_mib": result.rewritten_bytes >> 20,
+                f"{name}_freed_mib": result.freed_bytes >> 20,
+                f"{name}_estimate_before": planned.scattered["vm"],
+            }
+            after, _ = prune(repository, settings, dry_run=True)
+            figures[f"{name}_estimate_after"] = after.scattered["vm"]
+            figures[f"{name}_stored_mib"] = after.total_bytes >> 20
+            repository.tidy(30.0)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(options.turns):
+        for name in names:
+            seconds[name].append(restored(root / name, root / "target", current if turn == 0 else None))
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    figures |= {f"{name}_restore_seconds": round(each, 3) for name, each in medians.items()}
+    figures |= {f"{name}_vs_fresh": round(medians[name] / medians["fresh"], 2) for name in names[:-1]}
+    return figures
+
+
+def made(root: Path, pool: WorkerPool) -> Repository:
+    """A new repository, open."""
+    keyring = new_keyring(_PASSPHRASE, _CHEAP)
+    create(root / "repository", keyring.files, keyring.keys, PackingSettings())
+    return opened(root, pool)
+
+
+def opened(root: Path, pool: WorkerPool | None = None) -> Repository:
+    """A repository, open."""
+    path = root / "repository"
+    return Repository(path, unlock(read_key_files(path), _PASSPHRASE), root / "state", pool=pool)
+
+
+def stored(
+    repository: Repository, file: Path, parent: Generation | None, dirty: list[tuple[int, int]] | None
+) -> Generation:
+    """A generation of the file."""
+    with repository.writer("vm", parent) as writer, file.open("rb") as source:
+        draft = writer.region("ram", "image", os.fstat(source.fileno()).st_size)
+        extents = None if dirty is None else np.array([(at, at + count) for at, count in dirty])
+        writer.replace(draft, source.fileno(), extents)
+        return writer.commit("import")
+
+
+def restored(root: Path, target: Path, expected: Path | None) -> float:
+    """Seconds to restore the newest generation, from the opened repository to the last byte written."""
+    with opened(root) as repository:
+        generation = repository.resolve("vm@latest")
+        began = time.monotonic()
+        with GenerationReader(repository, generation) as reader, target.open("w+b") as file:
+            region = reader.region("ram")
+            os.ftruncate(file.fileno(), region.root.length)
+            reader.restore(region, file.fileno(), str(target))
+        seconds = time.monotonic() - began
+    if expected is not None and target.read_bytes() != expected.read_bytes():
+        raise SystemExit(f"{root} restored other bytes than it was given")
+    target.unlink()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
