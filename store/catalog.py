@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from base.errors import NotFoundError
 from store import format as layout
-from store.index import Index
+from store.index import Additions, Index
 from store.packs import PackEntry, PackInfo
 from store.policy import Policy
 from store.records import (
@@ -105,10 +105,18 @@ class Catalog:
         sequence, record_id = _LAST.unpack(value)
         return sequence, record_id
 
-    def apply(self, txn: lmdb.Transaction, record: Record, packs: list[PackInfo]) -> None:
-        """Replay one record, the next in sequence. `packs` are those that it names and that are not known yet."""
+    def apply(
+        self, txn: lmdb.Transaction, record: Record, packs: list[PackInfo], gathered: Additions | None = None
+    ) -> None:
+        """Replay one record, the next in sequence. `packs` are those that it names and that are not known yet.
+
+        Their chunks are findable at once, or after `add_gathered` in the same transaction.
+        """
+        additions = Additions() if gathered is None else gathered
         for pack in packs:
-            self.add_pack(txn, pack)
+            self._add_pack(txn, pack, additions)
+        if gathered is None:
+            self.add_gathered(txn, additions)
         header, body = record.header, record.body
         if isinstance(body, DoomBody):
             self._doom(txn, [bytes.fromhex(each) for each in body.packs], header.sequence)
@@ -170,8 +178,13 @@ class Catalog:
             if self._get(txn, "generations", key) is not None:
                 self._put(txn, "hurt", key, msgspec.json.encode(each.regions))
 
-    def add_pack(self, txn: lmdb.Transaction, pack: PackInfo) -> None:
-        """Make a pack's chunks findable; does nothing for a pack that is known."""
+    def add_gathered(self, txn: lmdb.Transaction, gathered: Additions) -> None:
+        """Make chunks findable that were gathered in this transaction."""
+        if len(gathered):
+            self._index.add(txn, *gathered.take())
+
+    def _add_pack(self, txn: lmdb.Transaction, pack: PackInfo, additions: Additions) -> None:
+        """Note a pack and gather its chunks; does nothing for a pack that is known."""
         if self._get(txn, "pack_ids", pack.header.pack_id) is not None:
             return
         number = _NUMBER.unpack(self._get(txn, "meta", b"next pack") or _NUMBER.pack(1))[0]
@@ -184,7 +197,7 @@ class Catalog:
         value = layout.encode_pack_header(pack.header) + _PACK_SIZE.pack(pack.size) + pack.edges.astype("<u4").tobytes()
         self._put(txn, "packs", _NUMBER.pack(number), value + pack.footer.counts.astype("<u2").tobytes())
         if len(pack.footer.ids):
-            self._index.add(txn, pack.footer.ids, pack.locations(number))
+            additions.append(pack.footer.ids, pack.locations(number))
 
     def doomed(self, txn: lmdb.Transaction) -> NDArray[np.void]:
         """The packs that are about to be removed: DOOMED (n,), the caller's own."""
@@ -280,7 +293,9 @@ class Catalog:
             self._delete(txn, "packs", _NUMBER.pack(number))
             self._delete(txn, "pack_ids", pack.header.pack_id)
         self._delete(txn, "damaged", pack.header.pack_id)
-        self.add_pack(txn, pack)
+        additions = Additions()
+        self._add_pack(txn, pack, additions)
+        self.add_gathered(txn, additions)
 
     def vm(self, txn: lmdb.Transaction, name: str) -> tuple[bytes, int] | None:
         """(VM id, highest number ever used), None for a name that never had a generation."""

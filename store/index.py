@@ -45,11 +45,38 @@ from store.runs import LOCATION, Columns, Locations
 if TYPE_CHECKING:
     import lmdb
 
-__all__ = ["LOCATION", "Index"]
+__all__ = ["LOCATION", "Additions", "Index"]
 
 _MERGING = "merging runs of the index"
 _ATTEMPTS = 3
 """Times that a step of merging is prepared outside the write transaction before commits wait for it once."""
+
+
+class Additions:
+    """Entries that go into the index together: a run for each of many small packs would cost as much as replaying them.
+
+    `len` is their number; 44 bytes each.
+    """
+
+    def __init__(self) -> None:
+        self._ids: list[NDArray[np.uint8]] = []
+        self._locations: list[Locations] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, ids: NDArray[np.uint8], locations: Locations) -> None:
+        """Ids uint8 (n, 32) and where they are, LOCATION (n,)."""
+        self._ids.append(ids)
+        self._locations.append(locations)
+        self._count += len(ids)
+
+    def take(self) -> tuple[NDArray[np.uint8], Locations]:
+        """All of them, which are then given up; there must be some."""
+        ids, locations = np.concatenate(self._ids), np.concatenate(self._locations)
+        self._ids, self._locations, self._count = [], [], 0
+        return ids, locations
 
 
 class Index(IndexReader):

@@ -132,8 +132,8 @@ _PURPOSES = {layout.RECORD_GENERATION: "committing a generation", layout.RECORD_
 _INDEXING = "indexing records"
 _GLANCE_S = 0.01
 """As long as it may take somebody to write down what he has taken a lock for."""
-_REPLAY_AT_ONCE = 64
-"""Records replayed in one LMDB transaction: an interrupted indexing goes on from there."""
+_REPLAY_AT_ONCE = 1 << 18
+"""Entries of the index replayed in one LMDB transaction (11 MiB): an interrupted indexing goes on from there."""
 
 
 class Repository:
