@@ -7,6 +7,7 @@ from anything. Work is done by sorting and cumulative sums, never in a loop over
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterable
@@ -15,6 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Extents = NDArray[np.int64]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_KEEP_SIZE_PUNCH_HOLE = 1 | 2
 
 EMPTY: Extents = np.empty((0, 2), np.int64)
 EMPTY.setflags(write=False)
@@ -96,6 +101,17 @@ def resident(descriptor: int, size: int, start: int = 0) -> Extents:
         at = min(os.lseek(descriptor, data, os.SEEK_HOLE), size)
         rows.append((data, at))
     return normalise(rows)
+
+
+def punch(descriptor: int, extents: Extents) -> None:
+    """Make these ranges of a file read as zeros and give back what they took; its length stays.
+
+    Raises OSError. Source: fallocate(2), FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE.
+    """
+    for start, end in extents.tolist():
+        if _libc.fallocate(descriptor, _KEEP_SIZE_PUNCH_HOLE, start, end - start):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
 
 
 def _combine(sets: list[Extents], needed: int) -> Extents:

@@ -29,7 +29,7 @@ from vm.config import RAM, Description
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
 from vm.protocol import Committed
-from vm.qemu import Qemu, trim_journal, trim_log
+from vm.qemu import Qemu, journal_end, trim_journal, trim_log
 from vm.regions import RegionTable
 
 _QUIT_SECONDS = 10
@@ -134,10 +134,11 @@ class Machine:
         """Reset, and let the guest boot."""
         if self.channel is not None:
             self.channel.reset()
+        dealt_with = journal_end(self.qemu.folder)
         await hold.resume_after_hold(self.monitor)
         with suppress(StorageError):  # a guest that runs is worth more than short logs
             trim_log(self.qemu.folder.console, _CONSOLE_BYTES_MAX)
-            trim_journal(self.qemu.folder)
+            trim_journal(self.qemu.folder, dealt_with)
 
     def scrub(self) -> int:
         """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something.

@@ -24,6 +24,7 @@ from types import TracebackType
 
 import msgspec
 
+from base import extents
 from base.disk import Disk, replace_file
 from base.errors import ConflictError, StorageError, VirtualMachineError
 from vm.folder import RuntimeFolder
@@ -244,13 +245,22 @@ def trim_log(path: Path, bytes_max: int) -> None:
         raise StorageError.from_os(error, str(path), "shorten") from error
 
 
-def trim_journal(folder: RuntimeFolder) -> None:
-    """Forget the events so far; for a running VM, whose past holds are dealt with. Raises StorageError.
+def journal_end(folder: RuntimeFolder) -> int:
+    """Length of the event journal, in bytes: what comes later is behind that. 0 if there is none."""
+    try:
+        return folder.journal_output.stat().st_size
+    except OSError:
+        return 0
 
-    QEMU goes on at the offset where it was: what is before that becomes a hole, which reads as zeros.
+
+def trim_journal(folder: RuntimeFolder, end: int) -> None:
+    """Forget the events before an offset, which have been dealt with; they read as zeros. Raises StorageError.
+
+    What QEMU appends meanwhile stays: the next supervisor may be the one to act on it.
     """
     try:
-        os.truncate(folder.journal_output, 0)
+        with folder.journal_output.open("r+b") as journal:
+            extents.punch(journal.fileno(), extents.normalise([(0, end)]))
     except OSError as error:
         raise StorageError.from_os(error, str(folder.journal_output), "shorten") from error
 
