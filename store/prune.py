@@ -442,7 +442,9 @@ class Prune:
     def _stored(self) -> Iterator[tuple[str, bytes]]:
         for name in self._repository.storage.list("packs"):
             with suppress(ValueError):  # not ours
-                yield name, bytes.fromhex(name.rpartition("/")[2])
+                pack_id = bytes.fromhex(name.rpartition("/")[2])
+                if layout.pack_name(pack_id) == name and len(pack_id) == 16:
+                    yield name, pack_id
 
     def _remove_orphans(self, orphans: list[bytes], writers: set[str]) -> None:
         """Those that were found first go if every writer that was there after that has ended without naming them."""

@@ -9,6 +9,7 @@ gives exactly the generations whose record exists. One per process and path; bel
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import time
@@ -126,6 +127,7 @@ def read_mark(path: Path) -> bytes:
     return layout.decode_config(data, str(path / "config"))
 
 
+_RECORD = re.compile(r"records/[0-9]{12}")
 _TIDY_SECONDS = 0.2
 """Merging of the index when a repository is closed."""
 _PURPOSES = {layout.RECORD_GENERATION: "committing a generation", layout.RECORD_TOMBSTONE: "forgetting a generation"}
@@ -617,7 +619,7 @@ class Repository:
     def _require_no_gap(self) -> None:
         """Sequences have no holes: a record beyond a missing one means that history was taken out."""
         missing = layout.record_name(self.sequence + 1)
-        beyond = max(self.storage.list("records"))
+        beyond = max((each for each in self.storage.list("records") if _RECORD.fullmatch(each)), default=missing)
         if beyond > missing and not self.storage.exists(missing):
             raise IntegrityError(missing, f"is missing, though {beyond} is there")
 

@@ -23,7 +23,8 @@ class Shell:
             "PERDURE_STATE_DIR": str(root / "state"),
         }
 
-    def __call__(self, *words, code=0, **environment):
+    def run(self, *words, **environment):
+        """The finished process, whatever came of it; never with a traceback."""
         done = subprocess.run(
             [sys.executable, "-m", "perdure", *map(str, words)],
             env={key: value for key, value in (self.environment | environment).items() if value is not None},
@@ -31,8 +32,12 @@ class Shell:
             stdin=subprocess.DEVNULL,
             cwd=self.root,
         )
+        assert b"Traceback" not in done.stderr, done.stderr
+        return done
+
+    def __call__(self, *words, code=0, **environment):
+        done = self.run(*words, **environment)
         assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
-        assert b"Traceback" not in done.stderr
         return done
 
     def json(self, *words, code=0, **environment):
