@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
+from typing import TypeVar
 
 from base.allocation import keep_freed_memory
-from base.errors import RepositoryMissingError, UsageError, WrongPassphraseError
+from base.disk import Disk
+from base.errors import RepositoryMissingError, StorageError, UsageError, WrongPassphraseError
 from base.progress import Progress, silent
 from base.workers import WorkerPool, usable_cores
 from perdure import places
 from perdure.credentials import credential, stands_somewhere
+from store import reserve
 from store.environment import LOCK_WAIT_S
 from store.keychain import read_key_files
 from store.keys import Keys
 from store.lanes import serve_chunker
 from store.repository import Repository, read_mark
 from store.slots import Credential, unlock
+
+T = TypeVar("T")
 
 
 def repository_path(given: str | None) -> Path:
@@ -72,6 +78,16 @@ def opened(
     finally:
         if pool is not None:
             pool.close()
+
+
+def with_room(repository: Path, action: Callable[[], T]) -> T:
+    """Do what gives room back; where the disk is too full for it, give up the emergency file and do it once more."""
+    try:
+        return action()
+    except StorageError as error:
+        if error.errno != ENOSPC or not reserve.give_up(repository, Disk()):
+            raise
+    return action()
 
 
 def _unlock_again(path: Path, given: Credential) -> Keys:

@@ -9,7 +9,7 @@ from typing import Any
 from base.errors import UsageError
 from base.progress import Progress
 from base.units import format_size, parse_size
-from perdure.opening import lock_wait_s, opened, repository_path
+from perdure.opening import lock_wait_s, opened, repository_path, with_room
 from perdure.output import Output
 from store.leases import HeldLease
 from store.prune import PruneResult, prune
@@ -27,6 +27,10 @@ _REASONS = {
 
 def prune_(options: Namespace) -> int:
     """`perdure prune`"""
+    return with_room(repository_path(options.repository), lambda: _prune(options))  # it may be too full to begin
+
+
+def _prune(options: Namespace) -> int:
     output = Output(options.json, options.quiet)
     settings = _settings(options)
     wait_s = lock_wait_s(0.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from base.errors import ConflictError, UsageError
 from perdure import documents
-from perdure.opening import opened, repository_path
+from perdure.opening import opened, repository_path, with_room
 from perdure.output import Output, moment, table
 from store.policy import Policy, parse_span
 from store.records import Generation
@@ -18,7 +18,14 @@ from store.retention import Verdict, plan
 
 
 def forget(options: Namespace) -> None:
-    """`perdure forget`: by the rules given, by the policies that stand in the repository, or one generation by name."""
+    """`perdure forget`: by the rules given, by the policies that stand in the repository, or one generation by name.
+
+    On a full disk it takes from the room that is set aside for pruning, which comes after it.
+    """
+    with_room(repository_path(options.repository), lambda: _forget(options))
+
+
+def _forget(options: Namespace) -> None:
     output = Output(options.json, options.quiet)
     given = rules(options)
     _require_sense(options, given)
