@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +28,11 @@ from store.runs import LOCATION
 from store.storage import PendingObject, Storage
 
 _WRITE_BUFFER = 1 << 20
+_GAP = 64 << 10
+"""Frames that nobody asked for are read with their neighbours, if they are no longer than that."""
+
+OpenedFrame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""A frame's ids (c, 32) and chunks (c, chunk size), both uint8 and read-only."""
 
 
 class SealingKeys(Protocol):
@@ -216,12 +221,28 @@ def open_frame(
     payload: bytes | memoryview = frame.payload
     if frame.codec == layout.CODEC_ZSTD:
         try:
-            payload = zstandard.ZstdDecompressor().decompress(frame.payload, max_output_size=size)
+            payload = _decompressor().decompress(frame.payload, max_output_size=size)
         except zstandard.ZstdError as error:
             raise IntegrityError(name, f"frame {number} does not decompress: {error}", offset=offset) from error
     if len(payload) != size:
         raise IntegrityError(name, f"frame {number} holds {len(payload)} bytes instead of {size}", offset=offset)
     return frame.ids, np.frombuffer(payload, np.uint8).reshape(len(frame.ids), frame.chunk_size)
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own: making one takes as long as decompressing 30 KiB."""
+    try:
+        return _of_thread.decompressor
+    except AttributeError:
+        _of_thread.decompressor = zstandard.ZstdDecompressor()
+        return _of_thread.decompressor
+
+
+class _OfThread(threading.local):
+    decompressor: zstandard.ZstdDecompressor
+
+
+_of_thread = _OfThread()
 
 
 def read_pack(storage: Storage, keys: SealingKeys, pack_id: bytes) -> PackInfo:
@@ -300,9 +321,40 @@ class FrameReader:
 
     def chunks(self, pack: int, number: int, slots: NDArray[np.uint16], wanted: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The chunks in `slots` of a frame, proven to be those `wanted` (n, 32): uint8 (n, chunk size)."""
-        ids, chunks = self.frame(pack, number, cache=False)
-        if len(slots) and int(slots.max()) < len(ids) and bool((ids[slots] == wanted).all()):
-            return chunks if len(slots) == len(ids) and bool((np.diff(slots) == 1).all()) else chunks[slots]
+        return self.proven(pack, number, self.frame(pack, number, cache=False), slots, wanted)
+
+    def several(self, pack: int, numbers: list[int]) -> Iterator[OpenedFrame | IntegrityError]:
+        """Frames of one pack, ascending, or why each cannot be had; neighbours are read from the disk in one piece.
+
+        Nothing is kept in the cache. Raises IntegrityError for a pack that is not known.
+        """
+        entry = self._packs.pack(pack)
+        for first, last in _neighbours(entry.offsets, numbers):
+            begin = int(entry.offsets[numbers[first]]) if numbers[first] < len(entry.offsets) else 0
+            try:
+                end = int(entry.offsets[numbers[last] + 1])
+                data = memoryview(self._storage.get_range(layout.pack_name(entry.header.pack_id), begin, end - begin))
+            except (IntegrityError, IndexError):
+                data = memoryview(b"")
+            for number in numbers[first : last + 1]:
+                try:
+                    yield self._fetch(pack, number, data, begin) if data else self._fetch(pack, number)
+                except IntegrityError as error:
+                    yield error
+
+    def proven(
+        self, pack: int, number: int, frame: OpenedFrame, slots: NDArray[np.uint16], wanted: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
+        """The chunks in `slots` of an opened frame, if the ids there are those `wanted`. Raises IntegrityError."""
+        ids, chunks = frame
+        if len(slots) and int(slots.max()) < len(ids):
+            first, last = int(slots[0]), int(slots[-1]) + 1
+            if last - first == len(slots) and bool((np.diff(slots) == 1).all()):  # neighbours: nothing is copied
+                ids, chunks = ids[first:last], chunks[first:last]
+            else:
+                ids, chunks = ids[slots], chunks[slots]
+            if ids.tobytes() == wanted.tobytes():
+                return chunks
         raise self.misplaced(pack, number, bytes(wanted[0]))
 
     def misplaced(self, pack: int, number: int, wanted: bytes) -> IntegrityError:
@@ -316,16 +368,29 @@ class FrameReader:
             chunk=wanted.hex(),
         )
 
-    def _fetch(self, pack: int, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def _fetch(self, pack: int, number: int, piece: memoryview | None = None, begin: int = 0) -> OpenedFrame:
+        """Open a frame; `piece` is what stands in the pack from `begin` on, if it was read already."""
         entry = self._packs.pack(pack)
         header = entry.header
         name = layout.pack_name(header.pack_id)
         if not 0 <= number < len(entry.offsets) - 1:
             raise IntegrityError(name, f"has no frame {number}")
-        offset = int(entry.offsets[number])
-        data = self._storage.get_range(name, offset, int(entry.offsets[number + 1]) - offset)
+        offset, end = int(entry.offsets[number]), int(entry.offsets[number + 1])
+        data = (
+            memoryview(self._storage.get_range(name, offset, end - offset))
+            if piece is None
+            else piece[offset - begin : end - begin]
+        )
         sealer = self._sealers.get(pack)
         if sealer is None:
             sealer = self._keys.sealer(header.kind, header.pack_id, header.epoch, header.salt)
             self._sealers[pack] = sealer
-        return open_frame(sealer, number, memoryview(data)[4:], name, offset)
+        return open_frame(sealer, number, data[4:], name, offset)
+
+
+def _neighbours(offsets: NDArray[np.uint32], numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Positions (first, last) in `numbers`, ascending, of frames that are worth reading together."""
+    at = offsets[np.minimum(numbers, len(offsets) - 1)].astype(np.int64)
+    after = offsets[np.minimum(np.array(numbers) + 1, len(offsets) - 1)].astype(np.int64)
+    cuts = np.flatnonzero(at[1:] - after[:-1] > _GAP) + 1
+    yield from zip([0, *cuts.tolist()], [*(cuts - 1).tolist(), len(numbers) - 1], strict=True)
