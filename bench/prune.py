@@ -24,7 +24,7 @@ from base.workers import WorkerPool, usable_cores
 from bench import images
 from store.chunker import PackingSettings
 from store.format_keys import Argon2Parameters
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.lanes import serve_chunker
 from store.prune import prune
 from store.prune_plan import PruneSettings

@@ -33,6 +33,10 @@ exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 1
 130 interrupted
 """
 
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+"""numpy starts threads for linear algebra, 50 ms of them, unless it is told not to; nobody here needs any."""
+_UNLOCK_EARLY = frozenset(f"repository_commands:{name}" for name in ("export", "log", "show", "diff"))
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; gives its exit code."""
@@ -44,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["PERDURE_LOCK_WAIT"] = options.lock_wait
     if options.key_file is not None:
         os.environ["PERDURE_KEY_FILE"] = options.key_file  # as a passphrase does, it reaches every command the same way
-    module, _, name = options.command.partition(":")
     try:
-        command = getattr(importlib.import_module(f"perdure.{module}"), name)
-        return int(command(options) or 0)
+        return int(_command(options)(options) or 0)
     except KeyboardInterrupt:
         print("perdure: interrupted", file=sys.stderr)
         return 130
@@ -60,6 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"perdure: {one_line(error)}", file=sys.stderr)
         return first.exit_code
+
+
+def _command(options: argparse.Namespace) -> Callable[[argparse.Namespace], int | None]:
+    """The command's function. Unlocking begins while its modules are imported: both take their time."""
+    dirty = options.command == "repository_commands:import_" and options.dirty
+    if options.command in _UNLOCK_EARLY or dirty:  # else import makes worker processes, which comes before threads
+        from perdure import unlocking
+
+        unlocking.begin(options.repository)
+    module, _, name = options.command.partition(":")
+    chosen = os.environ.get(_BLAS_THREADS)
+    os.environ.setdefault(_BLAS_THREADS, "1")
+    try:
+        command: Callable[[argparse.Namespace], int | None]
+        command = getattr(importlib.import_module(f"perdure.{module}"), name)
+    finally:
+        if chosen is None:  # what the command starts, a hook for one, is to find its own environment
+            os.environ.pop(_BLAS_THREADS)
+    return command
 
 
 def parser() -> argparse.ArgumentParser:

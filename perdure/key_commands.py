@@ -21,7 +21,8 @@ from perdure.output import Output, moment, table
 from perdure.prune_commands import rewrite, rewrite_text
 from store.format_keys import Argon2Parameters, SlotKind
 from store.history import History
-from store.keychain import Keychain, left_over, read_key_files, recognise
+from store.key_files import read_key_files
+from store.keychain import Keychain, left_over, recognise
 from store.repository import read_mark
 from store.slots import Credential, NewSlot, SlotInfo, list_slots, newest
 

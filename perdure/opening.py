@@ -14,11 +14,11 @@ from base.disk import Disk
 from base.errors import RepositoryMissingError, StorageError, UsageError, WrongPassphraseError
 from base.progress import Progress, silent
 from base.workers import WorkerPool, usable_cores
-from perdure import places
+from perdure import places, unlocking
 from perdure.credentials import credential, stands_somewhere
 from store import reserve
 from store.environment import LOCK_WAIT_S
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.keys import Keys
 from store.lanes import serve_chunker
 from store.repository import Repository, read_mark
@@ -57,13 +57,16 @@ def opened(
 
     `given`: what opens it, if that was asked for already.
     """
+    early = unlocking.begun(path) if given is None else None
     read_mark(path)
     wait_s = lock_wait_s()
     keep_freed_memory()
+    if early is not None and workers:
+        early.finish()
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
-        given = given or credential()
-        keys = unlock(read_key_files(path), given)
+        given = given or (early.given if early else credential())
+        keys = early.keys() if early else unlock(read_key_files(path), given)
         state = places.repository_state(keys.repository_id)
         with Repository(
             path,

@@ -24,9 +24,10 @@ from base.progress import Progress, silent
 from store import format as layout
 from store import format_keys, slots
 from store.check import Finding
-from store.format_keys import KeyringHeader
+from store.format_keys import SIGNATURE_BYTES, KeyringHeader
 from store.history import History
-from store.keychain import key_files, left_over, recognise
+from store.key_files import key_files
+from store.keychain import left_over, recognise
 from store.keys import Keys, signer_of
 from store.records import replaced_keys, unknown_epoch
 from store.storage import Storage
@@ -40,7 +41,7 @@ NOT_VERIFIED = (
 """What an audit cannot say; `perdure check --read-data`, with a passphrase, says the first two."""
 
 _RECORD = re.compile(r"records/[0-9]{12}")
-_RECORD_MOST = layout.RECORD_HEADER.size + layout.MAX_BODY + layout.SIGNATURE_BYTES
+_RECORD_MOST = layout.RECORD_HEADER.size + layout.MAX_BODY + SIGNATURE_BYTES
 
 
 @dataclass(slots=True)
@@ -219,7 +220,7 @@ class _Audit:
             if header.epoch > self.keyring.epoch:
                 raise IntegrityError(name, unknown_epoch(header.epoch, self.keyring.epoch))
             signer = signer_of(self.keyring.signing_keys, header.epoch)
-            Keys.verify(signer, memoryview(data)[: -layout.SIGNATURE_BYTES], signature, name)
+            Keys.verify(signer, memoryview(data)[:-SIGNATURE_BYTES], signature, name)
         record_id = layout.record_id(data)
         self._known |= {record_id, header.previous}  # that one may be damaged, and a parent all the same
         if header.sequence != sequence:

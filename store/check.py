@@ -22,7 +22,7 @@ from store import leases
 from store.comparison import Comparison, misplaced
 from store.environment import IndexLostError
 from store.format_keys import slot_name
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.parts import DamagedValueError
 from store.records import Generation, GenerationBody, Record, decode_record, generation_of
 from store.salvage import Examined, Problem, examine

@@ -70,8 +70,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from base.errors import FormatVersionError, IntegrityError
+from store.format_keys import SIGNATURE_BYTES, VERSION
 
-VERSION = 1
 ID_BYTES = 32
 ZERO_ID = bytes(ID_BYTES)
 
@@ -83,7 +83,6 @@ FRAME_LENGTH = struct.Struct("<I")
 FRAME_HEADER = struct.Struct("<BxHI")
 FOOTER_HEADER = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<8sHBxIQ32s16sQ32s32sI")
-SIGNATURE_BYTES = 64
 
 PACK_DATA, PACK_NODES = 1, 2
 CODEC_RAW, CODEC_ZSTD = 0, 1

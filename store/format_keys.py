@@ -26,7 +26,7 @@ KEYRING  files `keyring/<number, 8 digits>`; the highest number counts
     offset size  field
          0    8  magic "PERDKEYS"
          8    2  format version, 1
-        10    2  number of slots, s, at most 64; KiB times passes of all of them at most 16777216
+        10    2  number of slots, s, at most 64; KiB times passes of all of them at most 8388608
         12    2  number of signing keys, k
         14    2  zero
         16    8  number of this keyring, from 1
@@ -94,7 +94,10 @@ from typing import NoReturn
 from blake3 import blake3
 
 from base.errors import FormatVersionError, IntegrityError, UsageError
-from store.format import SIGNATURE_BYTES, VERSION
+
+VERSION = 1
+"""Of everything in a repository: this module's part of it and that of store.format."""
+SIGNATURE_BYTES = 64
 
 SLOT_MAGIC, KEYRING_MAGIC, LINK_MAGIC = b"PERDSLOT", b"PERDKEYS", b"PERDSIGN"
 SLOT_CLEAR = struct.Struct("<8sHBxIII8s16s32sQ32s64s")
@@ -116,9 +119,9 @@ LABEL_BYTES = 64
 MAX_KEYRING = 16 << 20
 MAX_SLOTS = 64
 MAX_SLOT_COST = 4 << 20
-"""KiB times passes of one slot: 8 times the default, 3 s on two cores of an EPYC 9005. Memory alone: 2 GiB."""
-MAX_KEYRING_COST = 16 << 20
-"""KiB times passes of all slots of a keyring, which is what a wrong passphrase costs: 32 default slots, 12 s there.
+"""KiB times passes of one slot: 16 times the default, 3 s on two cores of an EPYC 9005. Memory alone: 2 GiB."""
+MAX_KEYRING_COST = 8 << 20
+"""KiB times passes of all slots of a keyring, which is what a wrong passphrase costs: 32 default slots, 6 s there.
 Whoever can write the folder can put any slots there, and they are tried before the keyring is known to be his."""
 
 SEALED_SLOT, SEALED_MASTER, SEALED_KEYRING = 32, 33, 34

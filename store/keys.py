@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from base.errors import IntegrityError
-from store.format import VERSION
 from store.format_keys import (
     ASSOCIATED,
     CHUNK_CONTEXT,
@@ -31,6 +30,7 @@ from store.format_keys import (
     SCOPE,
     SEAL_OVERHEAD,
     SEALING_CONTEXT,
+    VERSION,
     KeyringBody,
     KeyringHeader,
     Secret,

@@ -14,7 +14,7 @@ import msgspec
 
 from base.errors import IntegrityError, StorageError
 from store import format as layout
-from store.format_keys import MAX_LEVEL
+from store.format_keys import MAX_LEVEL, SIGNATURE_BYTES
 from store.keys import Keys
 from store.pagemap import Root
 from store.policy import Policy
@@ -233,7 +233,7 @@ def decode_record(keys: Keys, data: bytes, sequence: int, previous: bytes | None
     header, sealed, signature = layout.decode_record(data, name)
     if header.epoch > keys.current_epoch:
         raise IntegrityError(name, unknown_epoch(header.epoch, keys.current_epoch))
-    keys.verify(keys.public_key_of(header.epoch), data[: -layout.SIGNATURE_BYTES], signature, name)
+    keys.verify(keys.public_key_of(header.epoch), data[:-SIGNATURE_BYTES], signature, name)
     if header.sequence != sequence:
         raise IntegrityError(name, f"holds record {header.sequence}: history was reordered")
     if previous is not None and header.previous != previous:

@@ -48,7 +48,7 @@ from store.environment import LOCK_WAIT_S, Environment, IndexLostError
 from store.format_keys import keyring_name
 from store.history import History
 from store.index import Index
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.keys import Keys
 from store.lanes import WorkerLanes
 from store.leases import Lease

@@ -35,7 +35,7 @@ from store import audit, examination, format_keys, leases, pagemap, parts, recor
 from store import format as layout
 from store.chunker import PackingSettings
 from store.history import History
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.keys import Keys
 from store.packs import open_frame
 from store.storage import LocalStorage

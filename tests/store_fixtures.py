@@ -9,7 +9,7 @@ from pathlib import Path
 
 from store.chunker import PackingSettings
 from store.format_keys import Argon2Parameters
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.repository import Repository, create
 from store.slots import new_keyring, unlock
 

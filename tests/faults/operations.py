@@ -20,7 +20,8 @@ from store_fixtures import CHEAP, PASSPHRASE, Place, add, image
 
 from base.disk import Disk
 from store.chunker import PackingSettings
-from store.keychain import Keychain, read_key_files
+from store.key_files import read_key_files
+from store.keychain import Keychain
 from store.policy import Policy
 from store.prune import prune
 from store.prune_plan import PruneSettings

@@ -9,7 +9,8 @@ from store_fixtures import CHEAP, PASSPHRASE, add, content, image, place
 from test_crash import CountingDisk, die, fail, in_child
 
 from base.errors import StorageError, WrongPassphraseError
-from store.keychain import Keychain, read_key_files
+from store.key_files import read_key_files
+from store.keychain import Keychain
 from store.repository import read_mark
 from store.slots import NewSlot, unlock
 

@@ -17,7 +17,8 @@ from base.errors import IntegrityError, UsageError
 from store import format as layout
 from store.audit import audit, public_from_pem, public_pem
 from store.history import History
-from store.keychain import Keychain, read_key_files
+from store.key_files import read_key_files
+from store.keychain import Keychain
 from store.records import GenerationBody, TombstoneBody, encode_record
 from store.repository import Repository
 from store.slots import NewSlot, new_keyring, unlock

@@ -13,7 +13,8 @@ from base.errors import ConflictError, IntegrityError, StorageError, WrongPassph
 from store import format as layout
 from store import keychain as keychains
 from store.history import History
-from store.keychain import Keychain, key_files, left_over, read_key_files
+from store.key_files import key_files, read_key_files
+from store.keychain import Keychain, left_over
 from store.repository import Repository, read_mark
 from store.slots import NewSlot, unlock
 from store.storage import LocalStorage
@@ -251,7 +252,7 @@ _OTHER = """
 import sys
 from pathlib import Path
 from store_fixtures import add, image
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.repository import Repository
 from store.slots import unlock
 

@@ -21,7 +21,7 @@ from base.errors import (
 )
 from base.workers import WorkerPool
 from store.catalog import INDEX_FOLDER
-from store.keychain import read_key_files
+from store.key_files import read_key_files
 from store.lanes import serve_chunker
 from store.reader import GenerationReader
 from store.repository import create, read_mark
