@@ -61,6 +61,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float | None
     image.tofile(folder / "0")
     images.write_ranges(folder / "ranges", images.dirtied(image, options.dirty, options.seed + 1))
     image.tofile(folder / "1")
+    image = np.fromfile(folder / "0", np.uint8).reshape(-1, images.PAGE)
+    images.dirtied(image, options.dirty, options.seed + 2)
+    image.tofile(folder / "2")
     measured = Measured()
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
@@ -103,11 +106,9 @@ def one_round(folder: Path, measured: Measured) -> None:
     for tool in tools:
         measured.steps[tool.name, "full"].append(tool.full(folder / "0"))
         measured.stored[tool.name].append(tool.stored())
-    scanned = ours.copied(place / "scan")
     for tool in tools:
         measured.steps[tool.name, "dirty"].append(tool.dirty(folder / "1", folder / "ranges"))
         measured.growth[tool.name].append(tool.stored() - measured.stored[tool.name][-1])
-    measured.steps[OURS, "scan"].append(scanned.scan(folder / "1"))
     for tool in tools:
         measured.steps[tool.name, "unlock"].append(tool.unlock())
     for tool in tools:
@@ -117,6 +118,7 @@ def one_round(folder: Path, measured: Measured) -> None:
         if not same_content(restored_file(target), folder / "1"):
             raise SystemExit(f"{tool.name} restored other bytes than it was given")
         shutil.rmtree(target)
+    measured.steps[OURS, "scan"].append(ours.scan(folder / "2"))
     shutil.rmtree(place)
 
 
@@ -152,7 +154,7 @@ def sparse_cost(folder: Path) -> float:
     for turn in range(7):
         for tool, gib in ((small, 1), (large, 64)):
             image, ranges = place / f"image{gib}", place / f"ranges{gib}"
-            pages = first if not turn else later * gib
+            pages = later if turn else first
             images.write_ranges(ranges, images.sparse(image, gib << 30, pages, seed=turn))
             more = ["--parent", "vm@latest", "--dirty", f"ram={ranges}"] if turn else []
             seconds.setdefault(gib, []).append(tool.load("vm", image, *more).own or 0.0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -54,7 +53,7 @@ class Tool(Protocol):
         """Write what was stored last into a folder that is empty; checks nothing."""
 
     def stored(self) -> int:
-        """Bytes of the repository."""
+        """Bytes of the repository, more than it had when it was empty."""
 
 
 def run(command: list[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> tuple[float, str]:
@@ -86,6 +85,7 @@ class Perdure:
         self.folder = folder
         folder.mkdir()
         self.perdure("init")
+        self.empty = content_bytes(folder / "repository")  # most of it is room that prune needs on a full disk
 
     def environment(self) -> dict[str, str]:
         """For commands on this tool's repository."""
@@ -106,7 +106,9 @@ class Perdure:
         """`perdure import VM IMAGE [options]`."""
         vm, image, *options = map(str, words)
         seconds, out = self.perdure("import", vm, f"{image_name}={image}", "--json", *options)
-        return Step(seconds, float(json.loads(out)["seconds"]))
+        made = json.loads(out)
+        self.last = f"{made['vm']}@{made['generation']}"
+        return Step(seconds, float(made["seconds"]))
 
     def unlock(self) -> Step:
         return Step(self.perdure("log")[0])
@@ -115,22 +117,14 @@ class Perdure:
         return self.load("vm", image, "--parent", "vm@latest", "--dirty", f"ram={ranges}")
 
     def scan(self, image: Path) -> Step:
-        """As `dirty` without being told what differs."""
-        return self.load("vm", image, "--parent", "vm@latest")
+        """Another successor of the first image, without being told what differs."""
+        return self.load("vm", image, "--parent", "vm@1")
 
     def restore(self, target: Path) -> Step:
-        return Step(self.perdure("export", "vm@latest", "ram", str(target / "ram"))[0])
+        return Step(self.perdure("export", self.last, "ram", str(target / "ram"))[0])
 
     def stored(self) -> int:
-        return content_bytes(self.folder / "repository")
-
-    def copied(self, folder: Path) -> Perdure:
-        """The same repository and local state once more, to go on from twice. Packs are immutable: hard links do."""
-        other = Perdure()
-        other.folder = folder
-        shutil.copytree(self.folder / "repository", folder / "repository", copy_function=os.link)
-        shutil.copytree(self.folder / "state", folder / "state", ignore=shutil.ignore_patterns("*.sock"))
-        return other
+        return content_bytes(self.folder / "repository") - self.empty
 
 
 class Restic:
@@ -142,6 +136,7 @@ class Restic:
         self.folder = folder
         folder.mkdir()
         self._run("init", "--repository-version", "2")
+        self.empty = content_bytes(folder / "repository")
 
     def full(self, image: Path) -> Step:
         source = self.folder / "source"
@@ -160,7 +155,7 @@ class Restic:
         return Step(self._run("restore", "latest", "--target", str(target)))
 
     def stored(self) -> int:
-        return content_bytes(self.folder / "repository")
+        return content_bytes(self.folder / "repository") - self.empty
 
     def _run(self, *words: str) -> float:
         environment = {"RESTIC_PASSWORD": _PASSPHRASE, "RESTIC_CACHE_DIR": str(self.folder / "cache")}
@@ -179,6 +174,7 @@ class Borg:
         self.folder, self._count = folder, 0
         folder.mkdir()
         self._run("init", "-e", "repokey-blake2", str(folder / "repository"))
+        self.empty = content_bytes(folder / "repository")
 
     def full(self, image: Path) -> Step:
         source = self.folder / "source"
@@ -200,7 +196,7 @@ class Borg:
         return Step(self._run("extract", f"{self.folder / 'repository'}::{self._count}", cwd=target))
 
     def stored(self) -> int:
-        return content_bytes(self.folder / "repository")
+        return content_bytes(self.folder / "repository") - self.empty
 
     def _run(self, *words: str, cwd: Path | None = None) -> float:
         base = self.folder / "base"

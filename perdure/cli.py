@@ -124,7 +124,17 @@ def parser() -> argparse.ArgumentParser:
 
 def _repository_verbs(verb: _Verb) -> None:
     init = verb("init", "repository_commands:init", "make a repository")
-    init.add_argument("--compression-level", type=int, default=1, metavar="N", help="zstd level of frames (default 1)")
+    init.add_argument(
+        "--compression-level",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="zstd level of frames, -7 to 19: faster or smaller (default -1)",
+    )
+    init.add_argument(
+        "--frame-size", type=int, default=128, metavar="KIB",
+        help="KiB that are compressed together: smaller files, or less work for a single page (default 128)",
+    )  # fmt: skip
 
     load = verb("import", "repository_commands:import_", "make a generation from raw image files")
     load.add_argument("vm", metavar="VM")
@@ -140,6 +150,7 @@ def _repository_verbs(verb: _Verb) -> None:
     export.add_argument("point", metavar="VM@N")
     export.add_argument("region", metavar="REGION")
     export.add_argument("file", metavar="FILE", help="- for standard output")
+    export.add_argument("--sync", action="store_true", help="wait until FILE is on the disk")
     export.add_argument("--force", action="store_true", help="replace FILE if it exists")
     export.add_argument("--partial", action="store_true", help="of a hurt region what is left; zeros in the holes")
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from base import extents as ranges
+from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, StorageError, UsageError
 from base.extents import Extents
 from base.units import PAGE, format_size
@@ -29,19 +30,25 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def init(options: Namespace) -> None:
     """`perdure init`"""
-    from base.disk import Disk
     from store import reserve
     from store.repository import create
     from store.slots import new_keyring
 
     path = repository_path(options.repository)
-    if not 1 <= options.compression_level <= 19:
-        raise UsageError("--compression-level is 1 to 19")
+    if not -7 <= options.compression_level <= 19 or not options.compression_level:
+        raise UsageError("--compression-level is 1 to 19, or -1 to -7")
+    if not 4 <= options.frame_size <= 4096:
+        raise UsageError("--frame-size is 4 to 4096 KiB")
     if (path / "config").exists():
         raise ConflictError(f"{path} is a repository already")
     given = credential(new=True)
     made = new_keyring(given)
-    create(path, made.files, made.keys, PackingSettings(level=options.compression_level))
+    create(
+        path,
+        made.files,
+        made.keys,
+        PackingSettings(level=options.compression_level, frame_bytes=options.frame_size << 10),
+    )
     reserve.make(path, Disk())  # where there is no room for it, there is none to be set aside
     identity = made.keys.repository_id.hex()
     what = "passphrase" if isinstance(given, bytes) else "key file"
@@ -113,7 +120,7 @@ def export(options: Namespace) -> None:
                 for line in _holes_text(holes):
                     output.note(line)
                 return
-            written = _export_file(reader, region, Path(options.file), options.force, output, holes)
+            written = _export_file(reader, region, Path(options.file), options, output, holes)
     document = {
         **documents.point(generation),
         "region": region.name,
@@ -243,9 +250,12 @@ def _holes_text(holes: Any) -> Iterator[str]:
             yield f"  {start:#014x}  {format_size(end - start)}"
 
 
-def _export_file(reader: Any, region: Any, path: Path, force: bool, output: Output, holes: Any) -> int:
-    """Write beside the target and rename, so that a half-written export never has its name."""
-    if path.exists() and not force:
+def _export_file(reader: Any, region: Any, path: Path, options: Namespace, output: Output, holes: Any) -> int:
+    """Write beside the target and rename, so that an export that was broken off never has its name.
+
+    Only with --sync does it wait for the disk, as cp(1) does not either: the repository still has the content.
+    """
+    if path.exists() and not options.force:
         raise ConflictError(f"{path} exists: remove it, or use --force")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.perdure")
     try:
@@ -256,10 +266,13 @@ def _export_file(reader: Any, region: Any, path: Path, force: bool, output: Outp
         try:
             os.ftruncate(descriptor, region.root.length)
             written = int(reader.restore(region, descriptor, str(path), output.progress(), holes))
-            os.fsync(descriptor)
+            if options.sync:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         temporary.rename(path)
+        if options.sync:
+            Disk().fsync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError.from_os(error, str(path), "write") from error

@@ -3,7 +3,8 @@
 The capture-once rule: a guest or another process may write to a page at any time, so every batch is copied out
 of its file into a private buffer exactly once, and zero test, hash, comparison and compression see only that
 copy. One `Chunker` belongs to one thread of one process (a worker, or the parent for small work); it never opens the
-index. With `background`, a second thread reads back and publishes what is full, while the next pack is being filled.
+index. What else may run at the same time: in a worker (`background`) a second thread, which reads back and publishes
+what is full while the next pack is being filled; elsewhere threads that compress, one for each processor.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from numpy.typing import NDArray
 
 from base.errors import PerdureError, StorageError
 from base.extents import Extents
+from base.workers import usable_cores
 from store import format as layout
 from store.packs import Compressor, PackInfo, PackWriter, SealingKeys
 from store.storage import Storage
+
+_Chunks = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Ids (n, 32) and chunks (n, chunk size)."""
+_WORTH_THREADS = 4
+"""Frames from which on compressing them in threads is faster."""
 
 
 class ChunkKeys(SealingKeys, Protocol):
@@ -36,8 +43,8 @@ class ChunkKeys(SealingKeys, Protocol):
 class PackingSettings:
     """How chunks become packs. `frame_bytes` of content a frame, `pack_bytes` at which a pack is closed."""
 
-    level: int = 1
-    frame_bytes: int = 64 << 10
+    level: int = -1
+    frame_bytes: int = 128 << 10
     pack_bytes: int = 64 << 20
 
 
@@ -52,8 +59,9 @@ class Chunker:
         self._compress = Compressor(settings.level)
         self._batches: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
         self._pack: PackWriter | None = None
-        self._carry: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
+        self._carry: _Chunks | None = None
         self._publisher = ThreadPoolExecutor(1) if background else None
+        self._threads = ThreadPoolExecutor(usable_cores()) if not background and usable_cores() > 1 else None
         self._closing: list[Future[PackInfo]] = []
         self._free: list[NDArray[np.uint8]] = []
 
@@ -82,7 +90,7 @@ class Chunker:
     def finish(self) -> list[PackInfo]:
         """Publish what is open; gives all packs published. Raises StorageError, IntegrityError."""
         if self._carry is not None:
-            self._emit(*self._carry)
+            self._emit(self._carry)
             self._carry = None
         self._close_pack()
         done = [each.result() for each in self._closing]
@@ -104,9 +112,10 @@ class Chunker:
         self._stop()
 
     def _stop(self) -> None:
-        if self._publisher is not None:
-            self._publisher.shutdown()
-            self._publisher = None
+        for threads in (self._publisher, self._threads):
+            if threads is not None:
+                threads.shutdown()
+        self._publisher = self._threads = None
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         for at, each in enumerate(self._free):
@@ -118,7 +127,7 @@ class Chunker:
     def _add(self, ids: NDArray[np.uint8], chunks: NDArray[np.uint8], rows: NDArray[np.intp]) -> None:
         """Pack the chunks at `rows`, ascending; what does not fill a frame is carried over to the next batch."""
         if self._carry is not None and self._carry[1].shape[1] != chunks.shape[1]:
-            self._emit(*self._carry)
+            self._emit(self._carry)
             self._carry = None
         per_frame = max(1, self._settings.frame_bytes // chunks.shape[1])
         start = 0
@@ -127,27 +136,32 @@ class Chunker:
             more = rows[:start]
             self._carry = np.concatenate([self._carry[0], ids[more]]), np.concatenate([self._carry[1], chunks[more]])
             if len(self._carry[0]) == per_frame:
-                self._emit(*self._carry)
+                self._emit(self._carry)
                 self._carry = None
+        frames: list[_Chunks] = []
         for at in range(start, len(rows), per_frame):
             chosen = rows[at : at + per_frame]
             first, last = int(chosen[0]), int(chosen[-1]) + 1
             if last - first == len(chosen):  # neighbours: nothing is copied
-                frame = ids[first:last], chunks[first:last]
+                frames.append((ids[first:last], chunks[first:last]))
             else:
-                frame = ids[chosen], chunks[chosen]
-            if len(chosen) == per_frame:
-                self._emit(*frame)
-            else:
-                self._carry = frame[0].copy(), frame[1].copy()  # the batch's buffer is used again
+                frames.append((ids[chosen], chunks[chosen]))
+        if frames and len(frames[-1][0]) < per_frame:
+            rest = frames.pop()
+            self._carry = rest[0].copy(), rest[1].copy()  # the batch's buffer is used again
+        self._emit(*frames)
 
-    def _emit(self, ids: NDArray[np.uint8], chunks: NDArray[np.uint8]) -> None:
-        if self._pack is None:
-            self._pack = PackWriter(self._storage, self._keys, layout.PACK_DATA)
-        codec, payload = self._compress(chunks.reshape(-1).data)
-        self._pack.add(codec, chunks.shape[1], ids.tobytes(), payload)
-        if self._pack.size >= self._settings.pack_bytes:
-            self._close_pack()
+    def _emit(self, *frames: _Chunks) -> None:
+        """Compress and pack frames."""
+        contents = [chunks.reshape(-1).data for _, chunks in frames]
+        together = self._threads is not None and len(frames) >= _WORTH_THREADS
+        compressed = (self._threads.map if together and self._threads else map)(self._compress, contents)
+        for (ids, chunks), (codec, payload) in zip(frames, compressed, strict=True):
+            if self._pack is None:
+                self._pack = PackWriter(self._storage, self._keys, layout.PACK_DATA)
+            self._pack.add(codec, chunks.shape[1], ids.tobytes(), payload)
+            if self._pack.size >= self._settings.pack_bytes:
+                self._close_pack()
 
     def _close_pack(self) -> None:
         """Publish the pack that is open. An error that its thread met is raised by the next call, or by `finish`."""

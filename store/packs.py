@@ -180,22 +180,29 @@ class PackWriter:
 
 
 class Compressor:
-    """zstd at one level, raw where that does not help. Belongs to one thread."""
+    """zstd at one level, raw where that does not help. May be shared between threads: each has its own of zstd's."""
 
     def __init__(self, level: int) -> None:
-        self._compress = zstandard.ZstdCompressor(level=level).compress
-        self._decompress = zstandard.ZstdDecompressor().decompress
+        self._level = level
+        self._of_thread = threading.local()
 
     def __call__(self, data: memoryview) -> tuple[int, bytes | memoryview]:
         """(codec, payload). What was compressed is decompressed again and compared before it is trusted."""
-        packed = self._compress(data)
+        packed = self._compressor().compress(data)
         if len(packed) > len(data) * 15 // 16:
             return layout.CODEC_RAW, data
-        if not _equal(self._decompress(packed, max_output_size=len(data)), data):
+        if not _equal(_decompressor().decompress(packed, max_output_size=len(data)), data):
             raise IntegrityError(
                 "zstd", "what was compressed does not decompress to itself: faulty memory or processor"
             )
         return layout.CODEC_ZSTD, packed
+
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        try:
+            found: zstandard.ZstdCompressor = self._of_thread.compressor
+        except AttributeError:
+            found = self._of_thread.compressor = zstandard.ZstdCompressor(level=self._level)
+        return found
 
 
 def _equal(a: bytes, b: memoryview) -> bool:

@@ -110,6 +110,7 @@ class _Writer:
 
     def __init__(self, storage: Storage, keys: SealingKeys, kind: int, settings: PackingSettings) -> None:
         self._storage, self._keys, self._kind, self._settings = storage, keys, kind, settings
+        self._compress = Compressor(settings.level)
         self._pack: PackWriter | None = None
         self._carry: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
         self.done: list[PackInfo] = []
@@ -152,7 +153,7 @@ class _Writer:
         data = chunks.reshape(-1).data
         if self._kind == layout.PACK_NODES:
             return layout.CODEC_RAW, data
-        return Compressor(self._settings.level)(data)  # one a call: a compressor belongs to one thread
+        return self._compress(data)
 
     def _emit(self, codec: int, size: int, ids: NDArray[np.uint8], payload: bytes | memoryview) -> None:
         if self._pack is None:

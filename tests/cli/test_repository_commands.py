@@ -45,6 +45,21 @@ def test_import_log_show_diff_export_check(shell):
     assert (clean["clean"], clean["findings"], clean["generations"]) == (True, [], 2)
 
 
+def test_a_repository_has_the_level_and_the_frames_that_it_was_made_with(shell):
+    """Packed in one frame with its neighbours or alone, fast or small: what comes out is the same."""
+    data = image(2, 200)
+    shell.write("a", data)
+    sizes = {}
+    for name, options in (("small", ["--compression-level", "9", "--frame-size", "256"]), ("fast", ["--frame-size=4"])):
+        shell("-r", name, "init", *options)
+        sizes[name] = shell.json("-r", name, "import", "vm", "ram=a")["stored_bytes"]
+        shell("-r", name, "export", "vm@1", "ram", f"{name}.out", "--sync")
+        assert (shell.root / f"{name}.out").read_bytes() == data
+    assert sizes["small"] < sizes["fast"]
+    for wrong in (["--compression-level", "0"], ["--compression-level=-8"], ["--frame-size", "5000"]):
+        shell.error("-r", "other", "init", *wrong, code=2)
+
+
 def test_exported_holes_stay_holes(shell):
     path = shell.root / "sparse"
     with path.open("wb") as file:
