@@ -19,7 +19,18 @@ def test_import_log_show_diff_export_check(shell):
     shell.write("a", data)
     made = shell.json("import", "web", "ram=a", "--tag", "nightly")
     assert set(made) == {
-        *("vm", "generation", "id", "region_bytes", "dirty_bytes", "stored_bytes", "pause_ms", "seconds"),
+        *(
+            "vm",
+            "generation",
+            "id",
+            "region_bytes",
+            "dirty_bytes",
+            "stored_bytes",
+            "pause_ms",
+            "seconds",
+            "forgotten",
+            "full",
+        ),
     }
     assert (made["vm"], made["generation"], made["region_bytes"], made["pause_ms"]) == ("web", 1, len(data), None)
     assert made["stored_bytes"] > 0
