@@ -145,9 +145,12 @@ def test_full_generations_are_all_memory_at_one_instant(vm: Supervised) -> None:
 
 @whatever_tracker
 def test_a_killed_supervisor_costs_no_page_of_a_full_generation_and_leaves_nothing_in_qemu(vm: Supervised) -> None:
+    write(vm, "kept", 3)
     made = judged(vm)
+    vm.guest.run("change([2, 4], 300)")
     vm.perdure("snapshot", NAME)
     vm.run.kill()
+    (vm.runtime / "parent").write_text(made["id"])  # as if it had been killed between this and the journal
     boot(vm)
     if vm.status()["tracker"].startswith("userfaultfd"):
         assert vm.baseline_of("ram") == made["id"]

@@ -1,0 +1,246 @@
+"""Full and other generations of one VM in any order, against a model: each region is compared with the right base.
+
+The guest is two files and what the tracker of each has noted; QEMU is a list of what it was told.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from store_fixtures import Place, content, place
+
+from base import extents as ranges
+from base.disk import Disk
+from base.errors import VirtualMachineError
+from base.extents import EMPTY, Extents
+from base.units import PAGE
+from capture.generation import Captured, CapturedRegion, capture
+from capture.journal import Journal
+from capture.trackers import Dirty, Kind
+from store.records import Generation, HurtGeneration
+from store.repository import Repository
+from vm.identity import Identity
+
+PAGES = {"ram": 96, "pm0": 48}
+KEPT = ranges.normalise([(0, 4 * PAGE), (16 * PAGE, 24 * PAGE)])
+
+
+class NotingTracker:
+    """Knows what was written, as the kernel does."""
+
+    kind: Kind = "userfaultfd"
+    direct_io = False
+
+    def __init__(self) -> None:
+        self.written: set[int] = set()
+        self._since: Extents | None = None
+
+    def arm(self, *, running: bool) -> None:
+        raise AssertionError(f"armed by its first collection, running={running}")
+
+    def take_over(self) -> None:
+        self._since = EMPTY
+
+    def collect(self, *, running: bool, known: Extents | None = None) -> Dirty:  # noqa: ARG002  the protocol's
+        fresh = ranges.normalise([(page * PAGE, (page + 1) * PAGE) for page in self.written])
+        self.written.clear()
+        self._since = None if self._since is None else ranges.union(self._since, fresh)
+        return Dirty(self._since, fresh)
+
+    def committed(self) -> None:
+        self._since = EMPTY
+
+    def forget(self) -> None:
+        self._since = None
+
+    def detach(self) -> None:
+        self._since = None
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Guest:
+    """Two regions in files, and a QEMU that is told to stop and go on, and may fail at one of these."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.files = {name: folder / name for name in PAGES}
+        self.trackers = {name: NotingTracker() for name in PAGES}
+        self.bases: dict[str, Generation] = {}
+        self.parent: Generation | None = None
+        self.journal = Journal(folder / "journal.json", Identity(1, 2, "boot"), Disk())
+        self.told: list[str] = []
+        self.fails_at: str | None = None
+        self.devices = b""
+        for name, path in self.files.items():
+            path.touch()
+            os.truncate(path, PAGES[name] * PAGE)
+
+    def write(self, pages: int) -> None:
+        """Some pages of both, some of them with what they have already."""
+        for name, path in self.files.items():
+            with path.open("r+b") as file:
+                for page in self.random.sample(range(PAGES[name]), pages):
+                    file.seek(page * PAGE)
+                    file.write(bytes([self.random.randrange(4)]) * PAGE)
+                    self.trackers[name].written.add(page)
+
+    def scrub(self) -> None:
+        """Holes in main memory, which no tracker sees."""
+        self.journal.begin_collect(["ram"])
+        self.trackers["ram"].forget()
+        os.truncate(self.files["ram"], 0)
+        os.truncate(self.files["ram"], PAGES["ram"] * PAGE)
+
+    def capture(self, repository: Repository, *, full: bool) -> Captured:
+        regions = [
+            CapturedRegion(
+                name,
+                "ram" if name == "ram" else "pmem",
+                path,
+                PAGES[name] * PAGE,
+                EMPTY if name == "ram" else KEPT,
+                self.trackers[name],
+                self.bases.get(name),
+            )
+            for name, path in self.files.items()
+            if full or name != "ram"
+        ]
+        self.told.clear()
+        done = capture(repository, "vm", regions, self.journal, self, cause="test", parent=self.parent, full=full)
+        self.parent = done.generation
+        self.bases |= {name: done.generation for name in done.generation.regions if name in PAGES}
+        return done
+
+    # Execution
+
+    def prepare(self) -> None:
+        self._told("prepare")
+        self.write(2)  # it still runs
+
+    def stop(self) -> None:
+        self._told("stop")
+
+    def device_state(self) -> int:
+        self._told("device_state")
+        self.write(1)  # by QEMU
+        self.devices = self.random.randbytes(5000)
+        descriptor = os.memfd_create("devices")
+        os.write(descriptor, self.devices)
+        return descriptor
+
+    def cont(self) -> None:
+        self._told("cont")
+        self.stopped_with = {name: path.read_bytes() for name, path in self.files.items()}
+        self.write(2)
+
+    def take_back(self) -> None:
+        self._told("take_back")
+
+    def _told(self, what: str) -> None:
+        self.told.append(what)
+        if what == self.fails_at:
+            raise VirtualMachineError(f"no {what}")
+
+
+@pytest.fixture
+def where() -> Iterator[Place]:
+    with place() as made:
+        yield made
+
+
+def judge(repository: Repository, guest: Guest, done: Captured, *, full: bool) -> None:
+    """The generation has what memory had when the guest went on."""
+    made = done.generation
+    assert made.full is full
+    assert guest.journal.baseline("pm0") == made.id
+    if full:
+        assert guest.told == ["prepare", "stop", "device_state", "cont", "take_back"]
+        assert list(made.regions) == ["ram", "pm0", "device"]
+        assert content(repository, made, "device") == guest.devices
+        for name, there in guest.stopped_with.items():
+            assert content(repository, made, name) == there
+        assert made.region_bytes == sum(PAGES.values()) * PAGE + len(guest.devices)
+        assert guest.journal.baseline("ram") == made.id
+    else:
+        assert guest.told == ["stop", "cont"]
+        assert list(made.regions) == ["pm0"]
+        wanted = bytearray(PAGES["pm0"] * PAGE)
+        for start, end in KEPT.tolist():
+            wanted[start:end] = guest.stopped_with["pm0"][start:end]
+        assert content(repository, made, "pm0") == wanted
+    assert made.metadata["kept"] == {"pm0": KEPT.tolist()}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_generations_of_both_sorts_in_any_order(where: Place, tmp_path: Path, seed: int) -> None:
+    guest = Guest(tmp_path, seed)
+    with where.open() as repository:
+        for _ in range(14):
+            guest.write(guest.random.randrange(6))
+            what = guest.random.choice(["full", "full", "part", "part", "scrub", "fail", "forget"])
+            if what == "scrub":
+                guest.scrub()
+                assert guest.journal.baseline("ram") is None
+            elif what == "forget" and guest.bases:
+                forgotten = guest.random.choice(list(guest.bases.values()))
+                if repository.has(forgotten):
+                    repository.forget(forgotten)
+            elif what == "fail":
+                fail(repository, guest, guest.random.choice(["prepare", "stop", "device_state"]))
+            else:
+                full = what == "full"
+                judge(repository, guest, guest.capture(repository, full=full), full=full)
+
+
+def fail(repository: Repository, guest: Guest, at: str) -> None:
+    """A full capture fails: nothing is committed, and the guest goes on if it was stopped."""
+    latest = repository.latest("vm")
+    guest.fails_at = at
+    with pytest.raises(VirtualMachineError, match=at):
+        guest.capture(repository, full=True)
+    guest.fails_at = None
+    assert repository.latest("vm") == latest
+    assert (
+        guest.told
+        == {
+            "prepare": ["prepare"],
+            "stop": ["prepare", "stop", "take_back"],
+            "device_state": ["prepare", "stop", "device_state", "cont", "take_back"],
+        }[at]
+    )
+
+
+def test_only_what_changed_since_the_last_full_generation_is_looked_at(where: Place, tmp_path: Path) -> None:
+    """Shown by a change that no tracker has noted, which real memory cannot have."""
+    guest = Guest(tmp_path, 1)
+    with where.open() as repository:
+        guest.write(20)
+        first = guest.capture(repository, full=True).generation
+        guest.capture(repository, full=False)
+        before = content(repository, first, "ram")
+        guest.trackers["ram"].written.clear()
+        with guest.files["ram"].open("r+b") as file:
+            file.write(b"unseen")
+        second = guest.capture(repository, full=True).generation
+        assert content(repository, second, "ram")[:PAGE] == before[:PAGE]
+        guest.scrub()
+        third = guest.capture(repository, full=True).generation
+        assert content(repository, third, "ram") == guest.stopped_with["ram"]
+
+
+def test_a_full_generation_that_has_lost_something_is_no_base(where: Place, tmp_path: Path) -> None:
+    guest = Guest(tmp_path, 2)
+    with where.open() as repository:
+        guest.write(20)
+        first = guest.capture(repository, full=True).generation
+        repository.mark_hurt([HurtGeneration(vm_id=first.vm_id, number=first.number, regions={"ram": 1})])
+        with guest.files["ram"].open("r+b") as file:
+            file.write(b"unseen")
+        second = guest.capture(repository, full=True).generation
+        assert content(repository, second, "ram") == guest.stopped_with["ram"]
