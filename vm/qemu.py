@@ -209,7 +209,7 @@ def resolve_machine(vm: str, binary: Path, name: str) -> str:
 def has_device(vm: str, binary: Path, driver: str) -> bool:
     """Whether this QEMU knows a device; one that cannot even say that will say at its start what is wrong."""
     try:
-        return f'name "{driver}"' in _ask(vm, binary, "-device", "help")
+        return f"{driver} options" in _ask(vm, binary, "-device", f"{driver},help")
     except VirtualMachineError:
         return False
 
