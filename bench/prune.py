@@ -1,9 +1,9 @@
 """How restores age, with and without prune: python -m bench.prune [--mib 1024] [--generations 100] [--dirty 0.02]
 
 An image gets many generations, each with some dirty pages. Then the newest is restored from four repositories, turn
-by turn: as it has grown ("grown"), after a prune with all generations kept ("kept"), after most were forgotten and a
-prune ("few"), and from a fresh import of the same image ("fresh"). Also measured: what prune rewrites and frees, and
-how long that takes.
+by turn: as it has grown ("grown"), after a prune with all generations kept ("kept"), after all but the first and the
+last were forgotten and a prune ("few"), and from a fresh import of the same image ("fresh"). Also measured: what prune
+rewrites and frees, how long that takes, and its memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from base.workers import WorkerPool, usable_cores
 from bench import images
+from bench.footprint import peak_mib
 from store.chunker import PackingSettings
 from store.format_keys import Argon2Parameters
 from store.key_files import read_key_files
@@ -45,7 +46,12 @@ def main() -> None:
     parser.add_argument("--dirty", type=float, default=0.02)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--prune", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--forget", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.prune:
+        pruned(options.prune, forget=options.forget)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as root:
         print(json.dumps(measure(Path(root), options)))
 
@@ -68,24 +74,12 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, float]:
         with made(root / "fresh", pool) as repository:
             stored(repository, current, None, None)
     names = ["grown", "kept", "few", "fresh"]
-    for name, settings in (("kept", PruneSettings()), ("few", PruneSettings())):
+    for name in ("kept", "few"):
         shutil.copytree(root / "grown", root / name)
-        with opened(root / name) as repository:
-            if name == "few":
-                for generation in repository.generations("vm")[1:-1]:
-                    repository.forget(generation)
-            began = time.monotonic()
-            planned, result = prune(repository, settings)
-            figures |= {
-                f"{name}_prune_seconds": round(time.monotonic() - began, 2),
-                f"{name}_rewritten_mib": result.rewritten_bytes >> 20,
-                f"{name}_freed_mib": result.freed_bytes >> 20,
-                f"{name}_estimate_before": planned.scattered["vm"],
-            }
-            after, _ = prune(repository, settings, dry_run=True)
-            figures[f"{name}_estimate_after"] = after.scattered["vm"]
-            figures[f"{name}_stored_mib"] = after.total_bytes >> 20
-            repository.tidy(30.0)
+        command = [sys.executable, "-m", "bench.prune", "--prune", str(root / name)]
+        peak = peak_mib([*command, "--forget"] if name == "few" else command, dict(os.environ))
+        found = json.loads((root / name / "figures").read_bytes())
+        figures |= {f"{name}_{key}": each for key, each in found.items()} | {f"{name}_prune_peak_mib": round(peak)}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(options.turns):
         for name in names:
@@ -94,6 +88,27 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, float]:
     figures |= {f"{name}_restore_seconds": round(each, 3) for name, each in medians.items()}
     figures |= {f"{name}_vs_fresh": round(medians[name] / medians["fresh"], 2) for name in names[:-1]}
     return figures
+
+
+def pruned(root: Path, *, forget: bool) -> None:
+    """Prune a repository, in a process of its own, and leave figures beside it."""
+    with opened(root) as repository:
+        if forget:
+            for generation in repository.generations("vm")[1:-1]:
+                repository.forget(generation)
+        began, used = time.monotonic(), time.process_time()
+        planned, result = prune(repository, PruneSettings())
+        figures = {
+            "prune_seconds": round(time.monotonic() - began, 2),
+            "prune_processor_seconds": round(time.process_time() - used, 2),
+            "rewritten_mib": result.rewritten_bytes >> 20,
+            "freed_mib": result.freed_bytes >> 20,
+            "estimate_before": planned.scattered["vm"],
+        }
+        after, _ = prune(repository, PruneSettings(), dry_run=True)
+        figures |= {"estimate_after": after.scattered["vm"], "stored_mib": after.total_bytes >> 20}
+        repository.tidy(30.0)
+    (root / "figures").write_text(json.dumps(figures))
 
 
 def made(root: Path, pool: WorkerPool) -> Repository:

@@ -213,7 +213,7 @@ def _prune_verb(verb: _Verb) -> None:
     prune = verb("prune", "prune_commands:prune_", "remove what no generation needs; captures go on meanwhile")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be done")
     prune.add_argument(
-        "--max-unused", type=float, metavar="PERCENT",
+        "--max-unused", metavar="PERCENT",
         help="share of the repository that may stay unused in packs that are used in part (default 5)",
     )  # fmt: skip
     prune.add_argument(

@@ -91,9 +91,7 @@ def rewrite_text(document: dict[str, Any]) -> Iterator[str]:
 def _settings(options: Namespace) -> PruneSettings:
     given: dict[str, Any] = {}
     if options.max_unused is not None:
-        if not 0 <= options.max_unused <= 100:
-            raise UsageError(f"--max-unused is a share in percent, and {options.max_unused:g} is none")
-        given["max_unused_percent"] = options.max_unused
+        given["max_unused_percent"] = _percent(options.max_unused)
     if options.max_rewrite == "unlimited":
         given["max_rewrite_bytes"] = None
     elif options.max_rewrite is not None:
@@ -102,6 +100,18 @@ def _settings(options: Namespace) -> PruneSettings:
         except ValueError as error:
             raise UsageError(f"--max-rewrite: {error}, or `unlimited`") from error
     return PruneSettings(**given)
+
+
+def _percent(text: str) -> float:
+    if text == "unlimited":
+        return 100.0
+    try:
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise UsageError(f"--max-unused is a share in percent, or `unlimited`, and {text} is none")
+    return percent
 
 
 def _plan_document(planned: PrunePlan) -> dict[str, Any]:

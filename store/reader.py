@@ -65,6 +65,7 @@ class GenerationReader:
     def __exit__(self, *_: object) -> None:
         if self._lease is not None:
             self._lease.release()
+        self._repository.storage.close()  # what is deleted from now on must not be kept on the disk by us
 
     def region(self, name: str) -> Region:
         """Raises NotFoundError, which lists the regions there are."""

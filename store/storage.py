@@ -192,7 +192,7 @@ class LocalStorage:
                         os.close(self._files.pop(name))
 
     def close(self) -> None:
-        """Close cached descriptors."""
+        """Close cached descriptors; what is read later is opened anew."""
         with self._lock:
             for descriptor in self._files.values():
                 os.close(descriptor)

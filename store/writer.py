@@ -172,6 +172,7 @@ class GenerationWriter:
             self._published = []
             if self._lease is not None:
                 self._lease.release()
+            self._repository.storage.close()  # what is deleted from now on must not be kept on the disk by us
 
     def _publish(
         self, cause: str, tags: tuple[str, ...], metadata: dict[str, Any], pause_ms: float | None

@@ -65,7 +65,10 @@ def test_what_is_waited_for_is_said_with_exit_code_11(pruned):
 
 
 def test_mistakes(pruned):
-    assert "--max-unused" in pruned.error("prune", "--max-unused", 101, code=2)
+    for wrong in ("101", "-1", "a lot"):
+        assert "--max-unused" in pruned.error("prune", f"--max-unused={wrong}", code=2)
+    assert pruned.json("prune", "--dry-run", "--max-unused", "unlimited")["rewrite"] == []
+    assert pruned.json("prune", "--dry-run", "--max-unused", "0%")["rewrite"]
     assert "--max-rewrite" in pruned.error("prune", "--max-rewrite", "much", code=2)
     assert "--lock-wait" in pruned.error("prune", "--lock-wait", -1, code=2)
     assert pruned.json("prune", "--max-rewrite", 0, "--max-unused", 0)["rewrite"] == []

@@ -1,6 +1,7 @@
 """Leases, and readers that look up again."""
 
 import os
+from contextlib import suppress
 
 import pytest
 from store_fixtures import add, content, image, memory_file, place
@@ -119,14 +120,22 @@ def test_a_writer_reads_its_parent_though_prune_moves_it():
 
 def test_deleted_files_are_not_kept_open():
     with place() as where, where.open() as repository, where.elsewhere() as other:
-        generation = add(repository, "vm", {"ram": image(6, 100)})
+        data = image(6, 100)
+        generation = add(repository, "vm", {"ram": data})
         other.refresh()
-        content(other, generation, "ram")
-        moved(repository)
-        other.refresh()
-        links = [
-            os.readlink(f"/proc/self/fd/{each}")
-            for each in os.listdir("/proc/self/fd")
-            if each.isdigit() and os.path.islink(f"/proc/self/fd/{each}")
-        ]
-        assert not [each for each in links if "(deleted)" in each and "/packs/" in each]
+        with GenerationReader(other, generation) as reader:
+            assert reader.read(reader.region("ram"), 0, len(data)) == data
+            assert open_packs()
+            moved(repository)
+            other.refresh()
+            assert not [each for each in open_packs() if "(deleted)" in each]
+            assert reader.read(reader.region("ram"), 0, len(data)) == data
+        assert open_packs() == []
+
+
+def open_packs() -> list[str]:
+    found = []
+    for each in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{each}"))
+    return [each for each in found if "/packs/" in each]
