@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from base.errors import UsageError
+from base.errors import QuotaError, UsageError, one_line
 from base.progress import Progress
 from base.units import format_size
 from perdure import documents
 from vm.channel import TokenBucket
-from vm.protocol import Committed, RegionEntry, Welcome
+from vm.protocol import Committed, RegionEntry, RequestRefusedError, Welcome
 
 if TYPE_CHECKING:
     from capture.generation import Captured
@@ -70,7 +70,11 @@ class Requests:
     async def checkpoint(self, request: int, name: str | None) -> Committed:
         """From the guest: a generation on request, committed when this returns."""
         metadata = {"checkpoint": {"request": request, "name": name}}
-        done = await self._supervisor.snapshot("checkpoint", metadata=metadata)
+        try:
+            done = await self._supervisor.snapshot("checkpoint", metadata=metadata)
+        except QuotaError as error:
+            self._say(f"checkpoint refused: {one_line(error)}")
+            raise RequestRefusedError("limit", "this VM may store no more on its host: its quota is reached") from error
         return Committed(done.generation.number, done.generation.id)
 
     def _say(self, what: str) -> None:
@@ -105,7 +109,7 @@ class Requests:
         tags = tuple(str(each) for each in arguments.get("tags", ()))
         full = bool(arguments.get("full"))
         done = await self._supervisor.snapshot("snapshot", full=full, tags=tags, progress=progress)
-        return documents.made(done.generation, done.seconds)
+        return documents.made(done.generation, done.seconds, done.forgotten)
 
     async def _rollback(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         generation, head, captured = await self._supervisor.roll_back(

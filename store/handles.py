@@ -35,7 +35,7 @@ class Handles:
     def __init__(self, path: Path, names: Sequence[str], *, writable: bool) -> None:
         self._path, self._names = path, tuple(names)
         self._changed = threading.Condition()
-        self._reading = 0
+        self._reading, self._switching = 0, False
         self._here = threading.local()
         self._open(writable=writable)
 
@@ -46,10 +46,13 @@ class Handles:
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """A snapshot."""
+        nested = getattr(self._here, "reading", 0)
         with self._changed:
-            self._reading += 1
+            while self._switching and not nested:
+                self._changed.wait()
             transaction = self._lmdb.begin(buffers=True)
-        self._here.reading = getattr(self._here, "reading", 0) + 1
+            self._reading += 1
+        self._here.reading = nested + 1
         try:
             with transaction as txn:
                 yield txn
@@ -79,11 +82,16 @@ class Handles:
         """Once nobody reads; who begins to read meanwhile waits for the opening of a file."""
         assert not getattr(self._here, "reading", 0), "a thread that reads cannot wait for the end of reading"
         with self._changed:
-            while self._reading:
-                self._changed.wait()
-            if not self.writable:
-                self._lmdb.close()
-                self._open(writable=True)
+            self._switching = True
+            try:
+                while self._reading:
+                    self._changed.wait()
+                if not self.writable:
+                    self._lmdb.close()
+                    self._open(writable=True)
+            finally:
+                self._switching = False
+                self._changed.notify_all()
 
     def _open(self, *, writable: bool) -> None:
         # meminit stays on: without it, whatever was in this process's memory would get into the file.

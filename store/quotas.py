@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from base import extents as ranges
 from base.errors import ConflictError, IntegrityError, QuotaError
+from base.extents import Extents
 from store import format as layout
 from store import pagemap
 from store.policy import Policy
@@ -29,16 +30,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class WantedRegion:
+    """A region of a generation that is about to be committed: what it began from, and the chunk numbers that were
+    given other content since; None if that was not noted."""
+
+    name: str
+    base: pagemap.Root
+    changed: Extents | None
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """A generation that is about to be committed. Sizes in bytes, as in `Generation`."""
 
     vm: str
-    parent: Generation | None
     cause: str
     tags: tuple[str, ...]
     stored_bytes: int
-    dirty_bytes: int
     kept_bytes: int
+    regions: tuple[WantedRegion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +132,25 @@ class _Account:
             self.used += self._counted(before, after) - self._counted(gone, after)
 
     def added(self, wanted: Wanted) -> int:
-        """What a new generation would count. Its page maps are not to be read yet, so this is an upper bound."""
+        """What a new generation would count, at most: its own page maps are not to be read yet."""
         since = self._total - (self._sums[self._last.id] if self._last else 0) + wanted.stored_bytes
-        differs: int | None = wanted.dirty_bytes
-        if wanted.parent is not None and (self._last is None or self._last.id != wanted.parent.id):
-            apart = _differing(self._repository, self._last, wanted.parent)
-            differs = None if apart is None else apart + wanted.dirty_bytes
-        return min(since, wanted.kept_bytes, since if differs is None else differs)
+        apart = [self._apart(each) for each in wanted.regions]
+        return min(since, wanted.kept_bytes, *([] if None in apart else [sum(each or 0 for each in apart)]))
+
+    def _apart(self, region: WantedRegion) -> int | None:
+        """Bytes in which a region of a new generation may differ from that of the last listed one."""
+        size, changed = region.base.chunk_size, region.changed
+        last = self._last.regions.get(region.name) if self._last else None
+        before = last.root if last else pagemap.Root(0, size, 0, layout.ZERO_ID)
+        if changed is None or before.chunk_size != size:
+            return None
+        if before != region.base:
+            nodes = self._repository.nodes
+            try:
+                changed = ranges.union(changed, *pagemap.diff(before, region.base, nodes, nodes))
+            except IntegrityError:
+                return None
+        return ranges.total(changed) * size
 
     def _counted(self, before: Generation | None, each: Generation) -> int:
         since = self._sums[each.id] - (self._sums[before.id] if before else 0)

@@ -11,14 +11,14 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from base import extents as ranges
-from base.errors import ConflictError, StorageError
+from base.errors import PerdureError
 from base.extents import Extents
 from base.progress import Progress, silent
 from base.units import PAGE
@@ -27,7 +27,7 @@ from store import leases, pagemap
 from store.lanes import Batch, Lanes, LocalLane
 from store.nodes import NodeWriter
 from store.packs import PackInfo, delete_packs
-from store.quotas import Admission, OvertakenError, Wanted, admit
+from store.quotas import Admission, OvertakenError, Wanted, WantedRegion, admit
 from store.records import Generation, UncertainCommitError
 
 if TYPE_CHECKING:
@@ -57,6 +57,13 @@ class RegionDraft:
     root: pagemap.Root
     kept_bytes: int
     anew: bool = False
+    base: pagemap.Root = field(init=False)
+    """What it began from."""
+    changed: Extents | None = None
+    """Chunk numbers given other content so far, if that is noted: for quotas."""
+
+    def __post_init__(self) -> None:
+        self.base = self.root
 
 
 class GenerationWriter:
@@ -81,6 +88,8 @@ class GenerationWriter:
         self._published: list[PackInfo] = []
         self.dirty_bytes = 0
         self.forgotten: list[Generation] = []
+        policy = repository.policy(vm)
+        self._counts = policy is not None and policy.quota is not None
 
     def __enter__(self) -> GenerationWriter:
         return self
@@ -100,6 +109,7 @@ class GenerationWriter:
         else:
             root = pagemap.Root(length, chunk_size, 0, layout.ZERO_ID)
         draft = RegionDraft(name, kind, root, length if kept_bytes is None else kept_bytes, anew)
+        draft.changed = ranges.EMPTY if self._counts else None
         self._drafts[name] = draft
         return draft
 
@@ -154,7 +164,7 @@ class GenerationWriter:
             raise
         self._published = []
         for each in admission.forget:
-            with suppress(ConflictError, StorageError):  # protected meanwhile, or it stays until the next commit
+            with suppress(PerdureError):  # protected meanwhile, say: what is committed is not undone for it
                 self._repository.forget(each)
                 self.forgotten.append(each)
         return generation
@@ -180,12 +190,11 @@ class GenerationWriter:
         drafts = list(self._drafts.values())
         wanted = Wanted(
             vm=self._vm,
-            parent=self._parent,
             cause=cause,
             tags=tags,
             stored_bytes=sum(pack.size for pack in self._published),
-            dirty_bytes=self.dirty_bytes,
             kept_bytes=sum(each.kept_bytes for each in drafts),
+            regions=tuple(WantedRegion(each.name, each.base, each.changed) for each in drafts),
         )
         while True:
             admission = admit(self._repository, wanted)
@@ -288,6 +297,8 @@ class _Judge:
             numbers, ids = np.concatenate(self._numbers), np.concatenate(self._ids)
             order = np.argsort(numbers)
             self._draft.root = self._writer.updated(self._draft.root, numbers[order], ids[order])
+            if self._draft.changed is not None:
+                self._draft.changed = ranges.union(self._draft.changed, ranges.from_numbers(numbers[order], 1))
             self._numbers, self._ids, self._count = [], [], 0
 
 

@@ -103,6 +103,15 @@ def stamp(name: str, pages: int, stride: int) -> None:
     work(lap)
 
 
+def refusal(call: Callable[[], object]) -> str:
+    """The error that a call ends with; empty if there is none."""
+    try:
+        call()
+    except perdure_guest.PersistenceError as error:
+        return str(error)
+    return ""
+
+
 def forget_tags() -> None:
     """As after the first boot, but for content."""
     finish()

@@ -5,6 +5,7 @@ import threading
 import pytest
 from store_fixtures import add, content, image, place
 
+from base import extents as ranges
 from base.errors import ConflictError, QuotaError
 from store.policy import Policy
 from store.quotas import used_bytes
@@ -105,6 +106,21 @@ def test_forgetting_makes_room_at_once_but_not_more_than_it_frees():
         assert 60 * PAGE <= used_bytes(repository, "vm") <= 64 * PAGE
         repository.forget(repository.resolve("vm@1"))
         assert used_bytes(repository, "vm") == 50 * PAGE
+
+
+def test_a_guest_that_rewrites_the_same_pages_never_needs_more_room():
+    """What is forgotten and what is new overlap: the new one counts what it changed once, not twice."""
+    with place() as where, where.open() as repository:
+        repository.set_policy("vm", Policy(quota=75 * PAGE))
+        data = bytearray(noise(1, 50))
+        add(repository, "vm", {"ram": bytes(data)})
+        for seed in range(2, 8):
+            data[: 10 * PAGE] = noise(seed, 10)
+            dirty = {"ram": ranges.normalise([(0, 10 * PAGE)])}
+            add(repository, "vm", {"ram": bytes(data)}, repository.latest("vm"), dirty, cause="checkpoint")
+            assert numbers(repository)[-1] == seed
+            assert used_bytes(repository, "vm") <= 75 * PAGE
+        assert numbers(repository) == [1, 6, 7]
 
 
 def test_a_sparse_region_counts_what_is_in_it():
