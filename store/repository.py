@@ -619,8 +619,10 @@ class Repository:
     def _require_no_gap(self) -> None:
         """Sequences have no holes: a record beyond a missing one means that history was taken out."""
         missing = layout.record_name(self.sequence + 1)
-        beyond = max((each for each in self.storage.list("records") if _RECORD.fullmatch(each)), default=missing)
-        if beyond > missing and not self.storage.exists(missing):
+        beyond = max(
+            (each for each in self.storage.list("records") if each > missing and _RECORD.fullmatch(each)), default=""
+        )
+        if beyond and not self.storage.exists(missing):
             raise IntegrityError(missing, f"is missing, though {beyond} is there")
 
     def _read_settings(self) -> None:
