@@ -216,6 +216,26 @@ def test_a_rollback_to_a_full_generation_goes_on_from_its_instant(vm: Supervised
 
 
 @whatever_tracker
+def test_a_resume_that_is_cut_short_before_the_guest_goes_on_is_begun_anew(vm: Supervised) -> None:
+    """Also where the state of the devices was loaded already, and only the user's hook was under way."""
+    area = write(vm, "kept", 8)
+    made = full(vm)
+    booted = vm.guest.boot_id
+    vm.guest.run(f"memory[:] = content(9, {area.size})")
+    vm.tell_hook("fail")
+    assert "hook before_boot" in vm.refused("rollback", f"{NAME}@{made['generation']}", "--discard")
+    assert vm.run.ended() == 1
+    vm.tell_hook("kill-supervisor")
+    assert vm.start().ended() == -signal.SIGKILL
+    boot_or_resume(vm)
+    assert "before the guest began: once more" in vm.run.text
+    assert vm.guest.boot_id == booted
+    goes_on(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 8)")
+    assert vm.log()[-1]["id"] == made["id"]
+
+
+@whatever_tracker
 def test_a_full_generation_can_be_gone_on_from_or_booted_after_power_loss(vm: Supervised) -> None:
     area = write(vm, "kept", 7)
     vm.guest.run(f"_, there = untagged({2 * MIB}); there[:] = content(2, {2 * MIB})")
