@@ -20,10 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from base import extents as ranges
 from base.disk import Disk, replace_file
 from base.errors import ConflictError, NotFoundError, PerdureError, StorageError, VirtualMachineError
-from base.extents import Extents
 from base.progress import Progress
 from base.units import format_size
 from capture.choice import probe_facts
@@ -31,11 +29,11 @@ from capture.generation import Captured, CapturedRegion, capture
 from capture.journal import Journal
 from capture.trackers import ScanTracker
 from capture.tracking import start_tracking
-from perdure import resuming
-from perdure.machine import Machine, full_problems, load_devices
+from perdure import heads, resuming
+from perdure.machine import Machine
 from perdure.measurements import compare, measure
 from restore.eager import Restored, read_devices, restore_regions
-from restore.scrub import scrub, verify_scrubbed
+from restore.scrub import verify_scrubbed
 from store.records import Generation
 from store.repository import Repository
 from vm import accelerator, firmware, hold, migration
@@ -181,7 +179,7 @@ class Launcher:
                 if resumed is not None:
                     devices = read_devices(repository, resumed)
                 elif generation.full:
-                    _scrub_what_is_not_kept(memory, generation)
+                    heads.scrub_to_kept(memory, generation)
             return Prepared(memory, platform, reason, generation, restored, (*memory.warnings, *problems), devices)
         except BaseException:
             with suppress(PerdureError):
@@ -199,8 +197,8 @@ class Launcher:
             return prepared
         older = latest.id != prepared.parent.id
         if prepared.parent.full and prepared.devices is None:
-            return replace(prepared, parent=_kept_of(repository, prepared.parent, "rollback" if older else "boot"))
-        return replace(prepared, parent=_again(repository, prepared.parent)) if older else prepared
+            return replace(prepared, parent=heads.kept_of(repository, prepared.parent, "rollback" if older else "boot"))
+        return replace(prepared, parent=heads.again(repository, prepared.parent)) if older else prepared
 
     async def launch(self, prepared: Prepared, elsewhere: Elsewhere) -> Machine:
         """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin, or go on.
@@ -234,7 +232,7 @@ class Launcher:
             if prepared.devices is None:
                 await elsewhere(lambda: _verify_empty(prepared.memory, table))
             else:
-                await load_devices(monitor, prepared.devices)
+                await migration.load(monitor, prepared.devices)
             await self.before_boot(machine)
             await monitor.cont()
             return machine
@@ -366,7 +364,7 @@ class Launcher:
             bases=bases or {},
             restored=prepared.restored.generation.number if prepared.restored else None,
             resumed=prepared.devices is not None,
-            full_problems=await full_problems(monitor),
+            full_problems=await migration.obstacles(monitor),
             warnings=prepared.warnings,
             accelerator_reason=prepared.accelerator_reason,
             measurements=self.measurements,
@@ -463,51 +461,6 @@ class Launcher:
 
     def _release(self, folder: Path) -> None:
         Memory(self.description.name, folder, {}).release()
-
-
-def _again(repository: Repository, generation: Generation) -> Generation:
-    """A generation that equals an older one and follows it: history goes on from there."""
-    with repository.writer(generation.vm, generation) as writer:
-        for region in generation.regions.values():
-            writer.region(
-                region.name,
-                region.kind,
-                region.root.length,
-                chunk_size=region.root.chunk_size,
-                kept_bytes=region.kept_bytes,
-            )
-        return writer.commit("rollback", metadata=generation.metadata)
-
-
-def _kept_of(repository: Repository, generation: Generation, cause: str) -> Generation:
-    """A generation that follows a full one and has what of it survives a boot."""
-    with repository.writer(generation.vm, generation) as writer:
-        for region in generation.regions.values():
-            kept = _kept(generation, region.name)
-            if kept is not None:
-                length = region.root.length
-                draft = writer.region(region.name, region.kind, length, kept_bytes=ranges.total(kept))
-                writer.clear(draft, ranges.subtract(ranges.normalise([(0, length)]), kept))
-        metadata = {name: value for name, value in generation.metadata.items() if name != "devices"}
-        return writer.commit(cause, metadata=metadata)
-
-
-def _kept(generation: Generation, region: str) -> Extents | None:
-    """What of a region survives a reboot; None for what is no persistent memory."""
-    rows = generation.metadata.get("kept", {}).get(region)
-    return None if rows is None else ranges.normalise([(start, end) for start, end in rows])
-
-
-def _scrub_what_is_not_kept(memory: Memory, generation: Generation) -> None:
-    """A full generation has all of its persistent memory, of which a boot gets what it would find after a reboot."""
-    for name, file in memory.files.items():
-        kept = _kept(generation, name)
-        if kept is not None:
-            descriptor = file.open()
-            try:
-                scrub(descriptor, str(file.path), ranges.subtract(ranges.normalise([(0, file.size)]), kept))
-            finally:
-                os.close(descriptor)
 
 
 def _verify_empty(memory: Memory, table: RegionTable) -> None:

@@ -6,7 +6,6 @@ Made by perdure.launcher. Coroutines belong to the supervisor's loop; what block
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +23,7 @@ from restore.scrub import scrub
 from store.records import Generation
 from vm import hold, migration
 from vm.channel import GuestChannel, GuestHandler
-from vm.command_line import VARIABLES_NODE, Platform, devices_of
+from vm.command_line import Platform, devices_of
 from vm.config import RAM, Description
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
@@ -34,9 +33,6 @@ from vm.regions import RegionTable
 
 _QUIT_SECONDS = 10
 _CONSOLE_BYTES_MAX = 16 << 20
-_DEVICE_BYTES_MAX = 1 << 30
-"""Some hundred kilobytes without a display; video memory adds its size."""
-_PIPE_BYTES = 1 << 20  # what any user may ask for; see pipe(7)
 
 
 @dataclass(slots=True)
@@ -176,7 +172,7 @@ class Machine:
 
     async def require_full(self) -> None:
         """Raises ConflictError if there can be no full generation of this VM now."""
-        self.full_problems = await full_problems(self.monitor)
+        self.full_problems = await migration.obstacles(self.monitor)
         if self.full_problems:
             raise ConflictError(
                 f"VM {self.description.name} cannot be captured in full: {'; '.join(self.full_problems)}"
@@ -236,18 +232,7 @@ class Machine:
         """
         if await self.held():
             raise VirtualMachineError(f"VM {self.description.name}: the guest has stopped itself: try again")
-        read_end, write_end = os.pipe2(os.O_CLOEXEC)
-        reading = asyncio.create_task(asyncio.to_thread(_read_all, self.description.name, read_end))
-        try:
-            try:
-                await migration.save(self.monitor, write_end)
-            finally:
-                os.close(write_end)
-        except BaseException:
-            with suppress(PerdureError):
-                os.close(await reading)
-            raise
-        return await reading
+        return await migration.save(self.monitor)
 
     async def quit(self) -> None:
         """End QEMU and give back its memory."""
@@ -278,57 +263,3 @@ class Machine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-
-
-async def full_problems(monitor: Monitor) -> tuple[str, ...]:
-    """Why a VM's device state cannot be saved, or not together with all that belongs to that instant."""
-    problems = list(await migration.blockers(monitor))
-    for each in await monitor.execute("query-block"):
-        inserted = each.get("inserted")
-        if inserted is not None and not inserted.get("ro") and inserted.get("node-name") != VARIABLES_NODE:
-            name = str(each.get("qdev") or each.get("device") or inserted.get("node-name"))
-            problems.append(
-                f"disk {name.removesuffix('/virtio-backend').rpartition('/')[2]} is writable, and disks "
-                "are not captured yet"
-            )
-    return tuple(problems)
-
-
-async def load_devices(monitor: Monitor, devices: bytes) -> None:
-    """Give a QEMU that waits for it the state of its devices. Raises VirtualMachineError."""
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    writing = asyncio.create_task(asyncio.to_thread(_write_all, write_end, devices))
-    try:
-        await migration.load(monitor, read_end)
-    finally:
-        os.close(read_end)
-        await writing
-
-
-def _write_all(write_end: int, data: bytes) -> None:
-    """All of it into a pipe, which is closed then, unless its reader is gone."""
-    with open(write_end, "wb", buffering=0) as pipe, suppress(BrokenPipeError):
-        view = memoryview(data)
-        while view:
-            view = view[pipe.write(view) :]
-
-
-def _read_all(vm: str, read_end: int) -> int:
-    """Everything out of a pipe, which is closed then, into a memory file; it is not seen by anybody else.
-
-    Raises VirtualMachineError if it is more than any device state has: the writer finds the pipe closed.
-    """
-    memory = os.memfd_create("perdure devices", os.MFD_CLOEXEC)
-    try:
-        with open(read_end, "rb", buffering=0) as pipe:
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            size = 0
-            while data := pipe.read(_PIPE_BYTES):
-                size += len(data)
-                if size > _DEVICE_BYTES_MAX:
-                    raise VirtualMachineError(f"VM {vm}: its device state has more than {_DEVICE_BYTES_MAX} bytes")
-                os.write(memory, data)
-    except BaseException:
-        os.close(memory)
-        raise
-    return memory

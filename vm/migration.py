@@ -15,14 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
 from collections.abc import Collection
 from typing import Any
 
 from base.errors import VirtualMachineError
+from vm.command_line import VARIABLES_NODE
 from vm.monitor import Monitor
 
 SECONDS = 60
 """For a stream of some hundred kilobytes, or some ten megabytes with video memory."""
+STATE_BYTES_MAX = 1 << 30
+"""More is no state of devices, and is not kept in memory."""
 
 _NAME = "perdure-state"
 _URI = f"fd:{_NAME}"
@@ -30,13 +35,24 @@ _SHARED = "x-ignore-shared"
 _BANDWIDTH_DEFAULT = 128 << 20  # QEMU's own
 _BANDWIDTH = 1 << 40  # bytes a second: no limit, since the guest is stopped
 _LOOK_SECONDS = 0.001
+_PIPE_BYTES = 1 << 20  # what any user may ask for, see pipe(7)
 _ENDED = ("completed", "failed", "cancelled")
 
 
-async def blockers(monitor: Monitor) -> tuple[str, ...]:
-    """Why this VM's device state cannot be saved, in QEMU's words; empty if it can. Raises VirtualMachineError."""
+async def obstacles(monitor: Monitor) -> tuple[str, ...]:
+    """Why this VM's device state cannot be saved, or not with all that belongs to that instant; empty if it can.
+
+    Raises VirtualMachineError.
+    """
     found = await monitor.execute("query-migrate")
-    return tuple(" ".join(str(each).split()).rstrip(".") for each in found.get("blocked-reasons", ()))
+    problems = [" ".join(str(each).split()).rstrip(".") for each in found.get("blocked-reasons", ())]
+    for each in await monitor.execute("query-block"):
+        inserted = each.get("inserted")
+        if inserted is not None and not inserted.get("ro") and inserted.get("node-name") != VARIABLES_NODE:
+            name = str(each.get("qdev") or each.get("device") or inserted.get("node-name"))
+            name = name.removesuffix("/virtio-backend").rpartition("/")[2]
+            problems.append(f"disk {name} is writable, and disks are not captured yet")
+    return tuple(problems)
 
 
 async def prepare(monitor: Monitor) -> None:
@@ -50,12 +66,26 @@ async def prepare(monitor: Monitor) -> None:
         raise
 
 
-async def save(monitor: Monitor, write_end: int) -> None:
-    """Write the device state of a stopped guest into a pipe, whose other end somebody reads meanwhile.
+async def save(monitor: Monitor) -> int:
+    """The device state of a stopped guest, in a memory file without a name that the caller closes.
 
-    `write_end` stays the caller's, who closes it now: the stream ends when QEMU closes its copy. Raises
-    VirtualMachineError; the guest can go on in any case.
+    Raises VirtualMachineError; the guest can go on in any case.
     """
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    reading = asyncio.create_task(asyncio.to_thread(_read_all, monitor.vm, read_end))
+    try:
+        try:
+            await _write_state(monitor, write_end)
+        finally:
+            os.close(write_end)  # the stream ends when QEMU closes its copy
+    except BaseException:
+        with contextlib.suppress(VirtualMachineError, OSError):  # the first error says what is wrong
+            os.close(await reading)
+        raise
+    return await reading
+
+
+async def _write_state(monitor: Monitor, write_end: int) -> None:
     try:
         await monitor.give_descriptor(_NAME, write_end)
         await monitor.execute("migrate", uri=_URI)
@@ -73,16 +103,22 @@ async def take_back(monitor: Monitor) -> None:
     await _set_shared(monitor, False)
 
 
-async def load(monitor: Monitor, read_end: int) -> None:
-    """Load a device state out of a pipe into a QEMU that was started with `-incoming defer`; the guest stays stopped.
+async def load(monitor: Monitor, state: bytes) -> None:
+    """Load a device state into a QEMU that was started with `-incoming defer`; the guest stays stopped.
 
-    `read_end` stays the caller's. Raises VirtualMachineError; QEMU may have ended then, and is of no use.
+    Raises VirtualMachineError; QEMU may have ended then, and is of no use.
     """
-    await _set_shared(monitor, True)
-    await monitor.give_descriptor(_NAME, read_end)
-    await monitor.execute("migrate-incoming", uri=_URI)
-    await _completed(monitor, "load")
-    await _set_shared(monitor, False)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    writing = asyncio.create_task(asyncio.to_thread(_write_all, write_end, state))
+    try:
+        await _set_shared(monitor, True)
+        await monitor.give_descriptor(_NAME, read_end)
+        await monitor.execute("migrate-incoming", uri=_URI)
+        await _completed(monitor, "load")
+        await _set_shared(monitor, False)
+    finally:
+        os.close(read_end)
+        await writing
 
 
 async def clean_up(monitor: Monitor) -> bool:
@@ -143,3 +179,33 @@ async def _activate_disks(monitor: Monitor) -> None:
     except VirtualMachineError as error:
         if "has not been found" not in str(error):
             raise
+
+
+def _read_all(vm: str, read_end: int) -> int:
+    """Everything out of a pipe, which is closed then, into a memory file.
+
+    Raises VirtualMachineError if it is too much: its writer finds the pipe closed.
+    """
+    memory = os.memfd_create("perdure devices", os.MFD_CLOEXEC)
+    try:
+        with open(read_end, "rb", buffering=0) as pipe:
+            with contextlib.suppress(OSError):  # it works with a smaller one as well
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            size = 0
+            while data := pipe.read(_PIPE_BYTES):
+                size += len(data)
+                if size > STATE_BYTES_MAX:
+                    raise VirtualMachineError(f"VM {vm}: its device state has more than {STATE_BYTES_MAX} bytes")
+                os.write(memory, data)
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory
+
+
+def _write_all(write_end: int, data: bytes) -> None:
+    """All of it into a pipe, which is closed then, unless its reader is gone."""
+    with open(write_end, "wb", buffering=0) as pipe, contextlib.suppress(BrokenPipeError):
+        view = memoryview(data)
+        while view:
+            view = view[pipe.write(view) :]
