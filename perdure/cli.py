@@ -27,6 +27,8 @@ environment:
   PERDURE_NEW_PASSWORD_FILE, _COMMAND, PERDURE_NEW_PASSWORD
                             the same for the new passphrase of `perdure key add` and `change-passphrase`
   PERDURE_LOCK_WAIT         seconds to wait for others, if --lock-wait is not given
+  PERDURE_FROM_KEY_FILE, PERDURE_FROM_PASSWORD_FILE, _COMMAND, PERDURE_FROM_PASSWORD
+                            the same for the other repository of `perdure repair --from`
   PERDURE_STATE_DIR         local state: index, remembered history, sockets
 
 exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 11 locked; 12 wrong passphrase;
@@ -110,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     _repository_verbs(verb)
+    _repair_verb(verb)
     _retention_verbs(verb)
     _prune_verb(verb)
     _vm_verbs(verb)
@@ -161,7 +164,7 @@ def _repository_verbs(verb: _Verb) -> None:
     diff = verb("diff", "repository_commands:diff", "changed ranges and bytes by region")
     diff.add_argument("a", metavar="VM@A")
     diff.add_argument("b", metavar="VM@B")
-    check = verb("check", "repository_commands:check", "verify the repository; changes nothing")
+    check = verb("check", "check_commands:check", "verify the repository; changes nothing")
     check.add_argument("--read-data", action="store_true", help="read, open and hash everything that is stored")
     check.add_argument(
         "--read-data-subset", metavar="n/t|P%",
@@ -170,6 +173,15 @@ def _repository_verbs(verb: _Verb) -> None:
     check.add_argument(
         "--public-key", metavar="FILE", help="verify keyrings, signatures and history without a passphrase"
     )
+
+
+def _repair_verb(verb: _Verb) -> None:
+    repair = verb("repair", "check_commands:repair_", "make whole what can be, and mark generations that are hurt")
+    repair.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    repair.add_argument(
+        "--from", dest="source", metavar="OTHER",
+        help="another repository, a copy of this one or not, that may have what is missing here",
+    )  # fmt: skip
 
 
 def _retention_verbs(verb: _Verb) -> None:

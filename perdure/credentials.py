@@ -2,7 +2,8 @@
 
 What unlocks: a key file (--key-file, PERDURE_KEY_FILE), else a passphrase from PERDURE_PASSWORD, PERDURE_PASSWORD_FILE,
 PERDURE_PASSWORD_COMMAND, or a terminal. A new one: a key file that the command names, else a passphrase from the same
-variables with PERDURE_NEW_PASSWORD in front, or a terminal, twice.
+variables with PERDURE_NEW_PASSWORD in front, or a terminal, twice. For another repository that things are taken from,
+PERDURE_FROM_KEY_FILE and the variables with PERDURE_FROM_PASSWORD in front; else what unlocks this one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from store.slots import Credential, KeyFile
 
 _KEY_FILE = "PERDURE_KEY_FILE"
 _PASSWORD, _NEW_PASSWORD = "PERDURE_PASSWORD", "PERDURE_NEW_PASSWORD"
+_FROM_KEY_FILE, _FROM_PASSWORD = "PERDURE_FROM_KEY_FILE", "PERDURE_FROM_PASSWORD"
 _KEY_FILE_LEAST, _KEY_FILE_MOST = 32, 1 << 20
 
 
@@ -38,6 +40,16 @@ def new_credential(file: str | None = None) -> Credential:
     if file is not None:
         return key_file(Path(file))
     return _passphrase(_NEW_PASSWORD, "new passphrase", twice=True)
+
+
+def from_credential() -> Credential | None:
+    """What unlocks another repository that things are taken from; None if nothing is said of it. Raises UsageError."""
+    file = os.environ.get(_FROM_KEY_FILE)
+    if file:
+        return key_file(Path(file))
+    if any(os.environ.get(name) for name in _sources(_FROM_PASSWORD)):
+        return _passphrase(_FROM_PASSWORD, "passphrase of the other repository", twice=False)
+    return None
 
 
 def stands_somewhere() -> bool:

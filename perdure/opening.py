@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,13 +52,20 @@ def lock_wait_s(default: float = LOCK_WAIT_S) -> float:
 
 @contextmanager
 def opened(
-    path: Path, *, workers: bool = False, progress: Progress = silent, given: Credential | None = None
+    path: Path,
+    *,
+    workers: bool = False,
+    progress: Progress = silent,
+    given: Credential | None = None,
+    keys: Keys | None = None,
+    state: Path | None = None,
 ) -> Iterator[Repository]:
     """The repository, unlocked. `workers` makes a pool first: processes are forked before LMDB is opened.
 
-    `given`: what opens it, if that was asked for already.
+    `given`: what opens it, if that was asked for already; `keys`: if it was opened already. `state`: a folder for its
+    index, if not the usual one.
     """
-    early = unlocking.begun(path) if given is None else None
+    early = unlocking.begun(path) if given is None and keys is None else None
     read_mark(path)
     wait_s = lock_wait_s()
     keep_freed_memory()
@@ -65,16 +73,18 @@ def opened(
         early.finish()
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
-        given = given or (early.given if early else credential())
-        keys = early.keys() if early else unlock(read_key_files(path), given)
-        state = places.repository_state(keys.repository_id)
+        again: Callable[[], Keys] | None = None
+        if keys is None:
+            asked = given or (early.given if early else credential())
+            keys = early.keys() if early else unlock(read_key_files(path), asked)
+            again = partial(_unlock_again, path, asked)
         with Repository(
             path,
             keys,
-            state,
+            state or places.repository_state(keys.repository_id),
             pool=pool,
             progress=progress,
-            unlock=lambda: _unlock_again(path, given),
+            unlock=again,
             lock_wait_s=wait_s,
         ) as repository:
             yield repository

@@ -15,10 +15,10 @@ import msgspec
 
 from base import extents as ranges
 from base.disk import Disk
-from base.errors import ConflictError, IntegrityError, StorageError, UsageError
+from base.errors import ConflictError, StorageError, UsageError
 from base.extents import Extents
 from base.units import PAGE, format_size
-from perdure import documents, key_commands
+from perdure import documents
 from perdure.credentials import credential
 from perdure.opening import opened, repository_path
 from perdure.output import Output, moment, size, table
@@ -169,49 +169,6 @@ def diff(options: Namespace) -> None:
         },
     }
     output.result(document, lambda: _diff_text(changed))
-
-
-def check(options: Namespace) -> int:
-    """`perdure check`"""
-    from store.check import Finding, Subset, check_repository
-
-    if options.read_data and options.read_data_subset:
-        raise UsageError("--read-data and --read-data-subset exclude each other")
-    read_data = Subset.parse(options.read_data_subset) if options.read_data_subset else options.read_data
-    if options.public_key:
-        if read_data:
-            raise UsageError("--read-data needs keys: it and --public-key exclude each other")
-        return key_commands.audit(options)
-    output = _output(options)
-    path = repository_path(options.repository)
-    try:
-        with opened(path, progress=output.progress()) as repository:
-            report = check_repository(repository, read_data=read_data, progress=output.progress())
-        findings, counts = report.findings, report.counts
-    except IntegrityError as error:  # damage that keeps the repository from being opened at all
-        findings = [Finding("repository", error.object, error.offset, error.problem, (), ())]
-        counts = {}
-    document = {"clean": not findings, "findings": [msgspec.to_builtins(each) for each in findings], **counts}
-    output.result(document, lambda: _check_text(findings, counts))
-    return 3 if findings else 0
-
-
-def _check_text(findings: list[Any], counts: dict[str, int]) -> Iterator[str]:
-    for each in findings:
-        place = each.object if each.offset is None else f"{each.object} at offset {each.offset}"
-        yield f"damaged: {place}: {each.problem}"
-        if each.generations:
-            yield f"  hurts {', '.join(each.generations)} (regions {', '.join(each.regions)})"
-    if counts:
-        what = "read, opened and hashed"
-        if not counts["read_packs"]:
-            what = "structure only; --read-data reads everything"
-        elif counts["read_packs"] < counts["packs"]:
-            what = f"{counts['read_packs']} of the packs, {format_size(counts['read_bytes'])}, {what}"
-        yield (
-            f"{counts['generations']} generations, {counts['packs']} packs, {counts['chunks']} chunks, "
-            f"{format_size(counts['bytes'])} ({what}): " + (f"{len(findings)} findings" if findings else "clean")
-        )
 
 
 def _log_text(found: list[Generation]) -> list[str]:

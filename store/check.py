@@ -19,6 +19,7 @@ from base.progress import Progress, silent
 from base.workers import usable_cores
 from store import format as layout
 from store import leases
+from store.catalog import DamagedPack
 from store.comparison import Comparison, misplaced
 from store.environment import IndexLostError
 from store.format_keys import slot_name
@@ -27,7 +28,7 @@ from store.parts import DamagedValueError
 from store.records import Generation, GenerationBody, Record, decode_record, generation_of
 from store.salvage import Examined, Problem, examine
 from store.slots import list_slots
-from store.survey import MAX_CAUSES, Survey, bits
+from store.survey import MAX_CAUSES, Lost, Survey, Verdict, bits
 
 if TYPE_CHECKING:
     import lmdb
@@ -51,10 +52,22 @@ class Finding:
     regions: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Hurt:
+    """A generation that has lost something: bytes by region, at most: below a lost node nobody knows what there was."""
+
+    name: str
+    vm_id: str
+    number: int
+    regions: dict[str, int]
+
+
 @dataclass(slots=True)
 class Report:
-    """Result of a check; clean if there are no findings."""
+    """Result of a check; clean if there are no findings. `hurt`: what generations have lost that are marked as hurt
+    already, and that nobody has offered again; a repair has told of it once, so it is no finding."""
 
+    hurt: list[Hurt] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
@@ -110,30 +123,91 @@ def check_repository(
     lease = repository.lease(leases.READER, "check", [])
     try:
         subset = (EVERYTHING if read_data else None) if isinstance(read_data, bool) else read_data
-        return _Check(repository, subset, progress).run()
+        return Checkup(repository, subset, progress).run()
     finally:
         if lease is not None:
             lease.release()
 
 
-class _Check:
-    def __init__(self, repository: Repository, subset: Subset | None, progress: Progress) -> None:
-        self._repository, self._subset, self._progress = repository, subset, progress
-        self._report = Report()
+@dataclass(frozen=True, slots=True)
+class PackDamage:
+    """A pack that is not whole, in short. `number` 0: nothing of it is in this host's index; `chunks`: those that can
+    be read; `frames` that cannot."""
+
+    pack_id: bytes
+    number: int
+    missing: bool
+    problems: tuple[str, ...]
+    chunks: int
+    frames: int
+
+    @property
+    def noted(self) -> DamagedPack:
+        """What this host's catalog is to remember of it."""
+        return DamagedPack(pack_id=self.pack_id.hex(), problem=self.problems[0])
+
+
+class Checkup:
+    """One look at everything. Besides the report it says what a repair needs to know; `lost` is told what is."""
+
+    def __init__(
+        self, repository: Repository, subset: Subset | None, progress: Progress, lost: Lost | None = None
+    ) -> None:
+        self._repository, self._subset, self._progress, self._lost = repository, subset, progress, lost
+        self.report = Report()
+        self.damaged: list[PackDamage] = []
+        self.bad: dict[int, frozenset[int] | None] = {}
+        """By number of a pack: frames that cannot be read, None for all."""
+        self.index_problems: list[str] = []
+        self.hurt: list[Hurt] = []
+        """All generations that have lost something, marked or not."""
         self._damage: list[Finding] = []
         self._by_place: dict[tuple[int, int | None], int] = {}
         self._unindexed: list[int] = []
         """Damage by which chunks are lost that this host never knew."""
-        self._bad: dict[int, frozenset[int] | None] = {}
         self._comparison = Comparison()
+        self._survey: Survey | None = None
 
     def run(self) -> Report:
+        """Look at everything."""
         self._slots()
         self._records()
-        self._packs()
-        self._index()
+        self.packs()
+        self.index()
         self._generations()
-        return self._report
+        return self.report
+
+    def packs(self) -> None:
+        """Look at packs."""
+        repository = self._repository
+        with repository.environment.read() as txn:
+            numbers = repository.catalog.pack_numbers(txn)
+            lost = [bytes.fromhex(each.pack_id) for each in repository.catalog.damaged(txn)]
+            ids = [repository.catalog.pack(number).header.pack_id for number in numbers]
+            places = list(zip(numbers, ids, strict=True))
+            places += [(0, each) for each in lost if not repository.catalog.pack_number(txn, each)]
+        chosen = set() if self._subset is None else self._subset.choose([each for _, each in places])
+        what = "checking packs" if self._subset is None else "reading packs"
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            for at, (number, pack_id) in enumerate(places):
+                self._pack(number, pack_id, threads if pack_id in chosen else None)
+                self._progress(what, at + 1, len(places))
+
+    def index(self) -> None:
+        """Compare the index with the packs that were looked at. Whatever is wrong, indexing anew makes it right."""
+        repository = self._repository
+        self._progress("checking the index", 0, 1)
+        try:
+            with repository.environment.read() as txn:
+                for problem in repository.index.check(txn):
+                    self._found_in_index(problem)
+                for each in self._comparison.run(repository.index, txn, set(repository.catalog.pack_numbers(txn))):
+                    self._found_in_index(self._explained(txn, each.pack, each.text))
+        except DamagedValueError as error:
+            self._found_in_index(str(error))
+        except IndexLostError as error:
+            self._found_in_index(error.problem)
+        self._progress("checking the index", 1, 1)
 
     def _slots(self) -> None:
         """A slot that is damaged keeps its owner out, who may not try it before he needs it."""
@@ -141,7 +215,7 @@ class _Check:
             if info.problem is not None:
                 name = slot_name(info.slot_id)
                 problem = info.problem.removeprefix(f"{name}: ")
-                self._report.findings.append(Finding("slot", name, None, problem, (), ()))
+                self.report.findings.append(Finding("slot", name, None, problem, (), ()))
 
     def _records(self) -> None:
         previous: bytes | None = layout.ZERO_ID
@@ -156,11 +230,11 @@ class _Check:
                 self._cached(name, record)
             except IntegrityError as error:
                 previous = None  # the next one's link cannot be held against it
-                self._report.findings.append(Finding("record", name, error.offset, error.problem, (), ()))
+                self.report.findings.append(Finding("record", name, error.offset, error.problem, (), ()))
             except FormatVersionError as error:
                 previous = None
                 problem = str(error).removeprefix(f"{name}: ")
-                self._report.findings.append(Finding("record", name, None, problem, (), ()))
+                self.report.findings.append(Finding("record", name, None, problem, (), ()))
             self._progress("checking records", sequence, last)
 
     def _cached(self, name: str, record: Record) -> None:
@@ -177,21 +251,6 @@ class _Check:
         if known.vm_id == real.vm_id and _bare(known) != real:
             self._found_in_index(f"does not say of generation {real.name} what its record {name} says")
 
-    def _packs(self) -> None:
-        repository = self._repository
-        with repository.environment.read() as txn:
-            numbers = repository.catalog.pack_numbers(txn)
-            lost = [bytes.fromhex(each.pack_id) for each in repository.catalog.damaged(txn)]
-            ids = [repository.catalog.pack(number).header.pack_id for number in numbers]
-            places = list(zip(numbers, ids, strict=True))
-            places += [(0, each) for each in lost if not repository.catalog.pack_number(txn, each)]
-        chosen = set() if self._subset is None else self._subset.choose([each for _, each in places])
-        what = "checking packs" if self._subset is None else "reading packs"
-        with ThreadPoolExecutor(usable_cores()) as threads:
-            for at, (number, pack_id) in enumerate(places):
-                self._pack(number, pack_id, threads if pack_id in chosen else None)
-                self._progress(what, at + 1, len(places))
-
     def _pack(self, number: int, pack_id: bytes, threads: ThreadPoolExecutor | None) -> None:
         repository = self._repository
         entry = repository.catalog.pack(number) if number else None
@@ -207,12 +266,23 @@ class _Check:
                 self._by_place[number, problem.frame] = len(self._damage)
             kind = "pack" if problem.frame is None else "frame"
             self._damage.append(Finding(kind, name, problem.offset, problem.text, (), ()))
+        if found.problems:
+            self.damaged.append(
+                PackDamage(
+                    pack_id,
+                    number,
+                    found.missing,
+                    tuple(each.text for each in found.problems),
+                    0 if found.info is None else len(found.info.footer.ids),
+                    len(found.lost_frames),
+                )
+            )
         if found.problems and not number:
             self._unindexed.append(len(self._damage) - 1)
         if found.info is None:
-            self._bad[number] = None
+            self.bad[number] = None
         elif found.lost_frames:
-            self._bad[number] = found.lost_frames
+            self.bad[number] = found.lost_frames
         if found.info is None or found.problems:
             return
         edges = found.info.edges
@@ -220,7 +290,7 @@ class _Check:
             self._found_in_index(f"says of {name} that its frames are where they are not")
         else:
             self._comparison.add(number, found.info)
-        counts = self._report.counts
+        counts = self.report.counts
         counts["packs"] += 1
         counts["chunks"] += len(found.info.footer.ids)
         counts["bytes"] += found.info.size
@@ -234,22 +304,6 @@ class _Check:
         with repository.environment.read() as txn:
             noted = any(each.pack_id == pack_id.hex() for each in repository.catalog.damaged(txn))
             return not noted and not repository.catalog.pack_number(txn, pack_id)
-
-    def _index(self) -> None:
-        """The index is a copy: whatever is wrong with it, indexing anew makes it right."""
-        repository = self._repository
-        self._progress("checking the index", 0, 1)
-        try:
-            with repository.environment.read() as txn:
-                for problem in repository.index.check(txn):
-                    self._found_in_index(problem)
-                for each in self._comparison.run(repository.index, txn, set(repository.catalog.pack_numbers(txn))):
-                    self._found_in_index(self._explained(txn, each.pack, each.text))
-        except DamagedValueError as error:
-            self._found_in_index(str(error))
-        except IndexLostError as error:
-            self._found_in_index(error.problem)
-        self._progress("checking the index", 1, 1)
 
     def _explained(self, txn: lmdb.Transaction, number: int, text: str) -> str:
         repository = self._repository
@@ -265,37 +319,63 @@ class _Check:
         return f"{text} ({layout.pack_name(pack_id)}){example}"
 
     def _found_in_index(self, problem: str) -> None:
-        self._report.findings.append(Finding("index", str(self._repository.environment.path), None, problem, (), ()))
+        self.index_problems.append(problem)
+        self.report.findings.append(Finding("index", str(self._repository.environment.path), None, problem, (), ()))
 
     def _generations(self) -> None:
         """Walk all page maps, and say whom each damage hurts."""
-        survey = Survey(self._repository, self._bad, self._cause)
-        names = list(self._names())
         hurt: dict[int, list[tuple[str, str]]] = {}
+        try:
+            for generation, lost in self._walked():
+                self._note(generation, lost)
+                for name, verdict in lost.items():
+                    for cause in bits(verdict.causes):
+                        if not (name in generation.hurt and self._damage[cause].kind in ("chunk", "node")):
+                            hurt.setdefault(cause, []).append((generation.name, name))
+        except IndexLostError as error:
+            self._found_in_index(error.problem)
+        for at, damage in enumerate(self._damage):
+            generations = tuple(dict.fromkeys(name for name, _ in hurt.get(at, [])))
+            regions = tuple(dict.fromkeys(region for _, region in hurt.get(at, [])))
+            if damage.kind in ("chunk", "node") and not generations:
+                continue  # marked already, or of a generation that was forgotten while this went on
+            self.report.findings.append(replace(damage, generations=generations, regions=regions))
+
+    def hurt_now(self) -> list[Hurt]:
+        """Generations that have lost something, those included that came since; what was walked is not walked again.
+
+        Raises IndexLostError, StorageError.
+        """
+        self.report.counts["generations"], self.hurt = 0, []
+        for generation, lost in self._walked():
+            self._note(generation, lost)
+        return self.hurt
+
+    def _walked(self) -> Iterator[tuple[Generation, dict[str, Verdict]]]:
+        """Generations that have lost something, with what their regions have lost."""
+        if self._survey is None:
+            self._survey = Survey(self._repository, self.bad, self._cause, self._lost)
+        names = list(self._names())
         for at, (vm, number) in enumerate(names):
             try:
                 with self._repository.environment.read() as txn:
                     generation = self._repository.catalog.generation(txn, vm, number)
             except NotFoundError:  # forgotten meanwhile
                 continue
-            try:
-                causes = {region.name: survey.region(region) for region in generation.regions.values()}
-            except IndexLostError as error:
-                self._found_in_index(error.problem)
-                return
-            if any(causes.values()) and not self._repository.has(generation):
-                continue
-            for name, found in causes.items():
-                for cause in bits(found):
-                    hurt.setdefault(cause, []).append((generation.name, name))
-            self._report.counts["generations"] += 1
+            found = {region.name: self._survey.region(region) for region in generation.regions.values()}
+            lost = {name: each for name, each in found.items() if each.causes}
+            if lost and self._repository.has(generation):
+                yield generation, lost
+            self.report.counts["generations"] += 1
             self._progress("checking generations", at + 1, len(names))
-        for at, damage in enumerate(self._damage):
-            generations = tuple(dict.fromkeys(name for name, _ in hurt.get(at, [])))
-            regions = tuple(dict.fromkeys(region for _, region in hurt.get(at, [])))
-            if damage.kind in ("chunk", "node") and not generations:
-                continue  # of a generation that was forgotten while this went on
-            self._report.findings.append(replace(damage, generations=generations, regions=regions))
+
+    def _note(self, generation: Generation, lost: dict[str, Verdict]) -> None:
+        regions = {name: each.lost_bytes for name, each in lost.items()}
+        found = Hurt(generation.name, generation.vm_id, generation.number, regions)
+        self.hurt.append(found)
+        if generation.hurt.keys() & regions.keys():
+            known = {name: count for name, count in regions.items() if name in generation.hurt}
+            self.report.hurt.append(replace(found, regions=known))
 
     def _names(self) -> Iterator[tuple[str, int]]:
         catalog, environment = self._repository.catalog, self._repository.environment

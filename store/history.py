@@ -34,6 +34,11 @@ class History:
         self._seen = self._read()
         self._keyring = self._seen.keyring, self._seen.keyring_hash
 
+    @property
+    def newest(self) -> tuple[int, str]:
+        """(sequence, hash in hex) of the newest record that this host has seen; 0 if it has seen none."""
+        return self._seen.sequence, self._seen.hash
+
     def check(self, hash_of: Callable[[int], bytes | None]) -> None:
         """Compare with the repository. Raises IntegrityError."""
         sequence = self._seen.sequence

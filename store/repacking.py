@@ -56,15 +56,19 @@ class Repacking:
 
     def copy(self, kind: int, wanted: Wanted, progress: Progress, total: int) -> None:
         """Copy chunks of one kind of pack. Raises StorageError."""
-        writer = self._writers.get(kind)
-        if writer is None:
-            writer = self._writers[kind] = _Writer(self.storage, self.keys, kind, self.settings)
         with ThreadPoolExecutor(usable_cores()) as threads:
             for start, end in _windows(wanted.sizes):
                 for ids, chunks in self._read(wanted, slice(start, end), threads):
-                    writer.add(ids, chunks, threads)
+                    self.add(kind, ids, chunks, threads)
                     self.copied_bytes += chunks.nbytes
                 progress("rewriting packs", min(self.copied_bytes, total), total)
+
+    def add(self, kind: int, ids: NDArray[np.uint8], chunks: NDArray[np.uint8], threads: ThreadPoolExecutor) -> None:
+        """Take chunks (n, size), which are what their ids (n, 32) say. Raises StorageError."""
+        writer = self._writers.get(kind)
+        if writer is None:
+            writer = self._writers[kind] = _Writer(self.storage, self.keys, kind, self.settings)
+        writer.add(ids, chunks, threads)
 
     def finish(self) -> list[PackInfo]:
         """Publish all packs. Raises StorageError, IntegrityError."""

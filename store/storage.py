@@ -18,7 +18,7 @@ import secrets
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -69,6 +69,10 @@ class Storage(Protocol):
 
     def create(self, name: str) -> PendingObject:
         """Begin a large object."""
+
+    def put_back(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Durably make an object that was lost or damaged again what it was, and nothing else: the one way in which
+        a name gets other content."""
 
     def settle(self, folder: str) -> None:
         """Make the names published in a folder durable."""
@@ -126,6 +130,17 @@ class LocalStorage:
 
     def create(self, name: str) -> PendingObject:
         return _Pending(self, name)
+
+    def put_back(self, name: str, pieces: Iterable[bytes]) -> None:
+        with _Pending(self, name) as pending:
+            for piece in pieces:
+                pending.write([piece])
+            pending.replace()
+        with self._lock:
+            descriptor = self._files.pop(name, -1)
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.disk.fsync_directory((self.root / name).parent)
 
     def settle(self, folder: str) -> None:
         self.disk.fsync_directory(self.root / folder)
@@ -292,6 +307,12 @@ class _Pending:
         done = self._disk.link(self._path, self._final)
         self.abandon()
         return done
+
+    def replace(self) -> None:
+        self._disk.fsync(self._descriptor, self._path)
+        self._disk.rename(self._path, self._final)
+        self._open = False
+        os.close(self._descriptor)
 
     def abandon(self) -> None:
         if self._open:

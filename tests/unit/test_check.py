@@ -14,7 +14,7 @@ from store.chunker import PackingSettings
 from store.index import LOCATION
 from store.packs import PackInfo
 
-SMALL_PACKS = PackingSettings(pack_bytes=200_000)
+SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 
 
 @pytest.mark.parametrize(

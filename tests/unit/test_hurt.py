@@ -16,7 +16,7 @@ from store.holes import Holes
 from store.reader import GenerationReader
 from store.records import HurtGeneration
 
-SMALL_PACKS = PackingSettings(pack_bytes=200_000)
+SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 PAGE = 4096
 DATA = random.Random(1).randbytes(400 * PAGE + 100)
 
