@@ -80,13 +80,17 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, float]:
         peak = peak_mib([*command, "--forget"] if name == "few" else command, dict(os.environ))
         found = json.loads((root / name / "figures").read_bytes())
         figures |= {f"{name}_{key}": each for key, each in found.items()} | {f"{name}_prune_peak_mib": round(peak)}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    used: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(options.turns):
         for name in names:
-            seconds[name].append(restored(root / name, root / "target", current if turn == 0 else None))
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-    figures |= {f"{name}_restore_seconds": round(each, 3) for name, each in medians.items()}
-    figures |= {f"{name}_vs_fresh": round(medians[name] / medians["fresh"], 2) for name in names[:-1]}
+            seconds, processor = restored(root / name, root / "target", current if turn == 0 else None)
+            wall[name].append(seconds)
+            used[name].append(processor)
+    for what, measured in (("restore", wall), ("restore_processor", used)):
+        medians = {name: statistics.median(each) for name, each in measured.items()}
+        figures |= {f"{name}_{what}_seconds": round(each, 3) for name, each in medians.items()}
+        figures |= {f"{name}_{what}_vs_fresh": round(medians[name] / medians["fresh"], 2) for name in names[:-1]}
     return figures
 
 
@@ -135,16 +139,19 @@ def stored(
         return writer.commit("import")
 
 
-def restored(root: Path, target: Path, expected: Path | None) -> float:
-    """Seconds to restore the newest generation, from the opened repository to the last byte written."""
+def restored(root: Path, target: Path, expected: Path | None) -> tuple[float, float]:
+    """Restore the newest generation: (seconds from the opened repository to the last byte written, of processors).
+
+    The second says more where others are at work too.
+    """
     with opened(root) as repository:
         generation = repository.resolve("vm@latest")
-        began = time.monotonic()
+        began, before = time.monotonic(), time.process_time()
         with GenerationReader(repository, generation) as reader, target.open("w+b") as file:
             region = reader.region("ram")
             os.ftruncate(file.fileno(), region.root.length)
             reader.restore(region, file.fileno(), str(target))
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began, time.process_time() - before
     if expected is not None and target.read_bytes() != expected.read_bytes():
         raise SystemExit(f"{root} restored other bytes than it was given")
     target.unlink()

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import ENOSPC
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -62,7 +63,9 @@ LOCK = "prune.lock"
 """Name of the lock's file in the folder of leases."""
 
 _SLICE_BYTES = 256 << 20
-_SLICE_CHUNKS = 1 << 20
+_SLICE_CHUNKS = 1 << 18
+_SLICE_PACKS = 1 << 12
+"""What a swap changes in the index at once: captures that want to commit wait for no more than that."""
 _POLL_SECONDS = 0.1
 _UNRANKED = np.iinfo(np.int64).max
 
@@ -294,10 +297,11 @@ class Prune:
     def _remove_unused(self) -> Iterator[str]:
         """Packs without anything in use."""
         unused = [use for use in self._ready.values() if not self._live.of(use.number).any()]
-        if unused:
-            self._with_room(lambda: self._swap(unused, [], set()))
+        for at in range(0, len(unused), _SLICE_PACKS):
+            some = unused[at : at + _SLICE_PACKS]
+            self._with_room(partial(self._swap, some, [], set()))
             yield "swapped"
-            self._unlink(unused)
+            self._unlink(some)
             yield "unlinked"
 
     def _rewrite(self) -> Iterator[str]:
@@ -507,11 +511,12 @@ _Marked = tuple[int, NDArray[np.uint8], NDArray[np.void], NDArray[np.int64], Bit
 def _slices(todo: list[PackUse]) -> Iterator[list[PackUse]]:
     """Packs to be rewritten at a time: so much is written before anything of it is removed."""
     some: list[PackUse] = []
+    size = chunks = 0
     for use in todo:
-        size, chunks = sum(each.used_bytes for each in some), sum(each.live for each in some)
-        if some and (size + use.used_bytes > _SLICE_BYTES or chunks + use.live > _SLICE_CHUNKS):
+        size, chunks = size + use.used_bytes, chunks + use.live
+        if some and (size > _SLICE_BYTES or chunks > _SLICE_CHUNKS or len(some) == _SLICE_PACKS):
             yield some
-            some = []
+            some, size, chunks = [], use.used_bytes, use.live
         some.append(use)
     if some:
         yield some

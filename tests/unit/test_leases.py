@@ -68,8 +68,11 @@ def test_readers_and_writers_stand_on_generations_that_are_there():
         assert leases.held(repository.leases) == []
 
 
-def moved(repository) -> None:
-    """What a prune does: every pack's content lies in another pack now, and the packs are gone."""
+def moved(repository, other) -> None:
+    """What a prune does: every pack's content lies in another pack now, and the packs are gone.
+
+    `other` has none of their files open, or it would go on reading them.
+    """
     with repository.environment.read() as txn:
         numbers = repository.catalog.pack_numbers(txn)
         old = [repository.catalog.entry(txn, each).header.pack_id for each in numbers]
@@ -80,6 +83,7 @@ def moved(repository) -> None:
     repository.swap([], old)
     for each in old:
         repository.storage.delete(layout.pack_name(each))
+    other.storage.close()
 
 
 def test_a_reader_that_misses_a_pack_looks_up_again():
@@ -89,18 +93,18 @@ def test_a_reader_that_misses_a_pack_looks_up_again():
         add(repository, "vm", {"ram": data})
         with where.elsewhere() as other, GenerationReader(other, other.resolve("vm@1")) as reader:
             region = reader.region("ram")
-            moved(repository)
+            moved(repository, other)
             assert reader.read(region, 0, 8192) == data[:8192]
             stream = reader.stream(region, 1 << 20)
             pieces = [next(stream)]
-            moved(repository)
+            moved(repository, other)
             pieces += list(stream)
             assert b"".join(pieces) == data
-            moved(repository)
+            moved(repository, other)
             with memory_file(bytes(len(data))) as descriptor:
                 reader.restore(region, descriptor, "test")
                 assert os.pread(descriptor, len(data), 0) == data
-                moved(repository)
+                moved(repository, other)
                 reader.verify(region, descriptor, "test")
 
 
@@ -111,7 +115,7 @@ def test_a_writer_reads_its_parent_though_prune_moves_it():
         add(repository, "vm", {"ram": one})
         with where.elsewhere() as other, other.writer("vm", other.resolve("vm@1")) as writer:
             draft = writer.region("ram", "image", len(mixed))
-            moved(repository)
+            moved(repository, other)
             with memory_file(mixed) as descriptor:
                 writer.replace(draft, descriptor)
             generation = writer.commit("import")
@@ -126,7 +130,7 @@ def test_deleted_files_are_not_kept_open():
         with GenerationReader(other, generation) as reader:
             assert reader.read(reader.region("ram"), 0, len(data)) == data
             assert open_packs()
-            moved(repository)
+            moved(repository, repository)
             other.refresh()
             assert not [each for each in open_packs() if "(deleted)" in each]
             assert reader.read(reader.region("ram"), 0, len(data)) == data

@@ -105,6 +105,8 @@ class World:
             return [each for vm in repository.catalog.vms(txn) for each in repository.catalog.generations(txn, vm)]
 
     def do(self, what: str, rng: random.Random) -> None:
+        for each in self.hosts:
+            each.storage.close()  # else a host would go on reading files that are gone
         repository = rng.choice(self.hosts)
         known = self.known(repository)
         if what == "write":
