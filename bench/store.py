@@ -22,7 +22,6 @@ import numpy as np
 
 from bench import figures, footprint, images
 from bench.figures import OURS, Measured
-from bench.history import after_generations
 from bench.tools import Borg, Perdure, Pipe, Restic, Tool, restored_file, same_content
 
 KEYS = (
@@ -74,10 +73,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float | None
     result["peak_private_mib"] = peaks(folder)
     print(f"same dirty pages in 64 GiB sparse against 1 GiB: {sparse_cost(folder):.2f} times", flush=True)
     if options.generations:
-        del image
-        result["restore_after_100_generations"] = after_generations(folder, options)
+        words = ["bench.prune", "--mib", options.mib, "--generations", options.generations, "--dirty", options.dirty]
+        found = other(*words, "--folder", folder)
+        result["restore_after_100_generations"] = found["kept_vs_fresh"]
     if options.entries:
-        result |= index_figures(options.entries, folder)
+        found = other("bench.index", options.entries, "--directory", folder)
+        result |= {key: found[key] for key in ("index_us_per_lookup", "index_bytes_per_entry")}
     if options.plot:
         from bench.plot import draw
 
@@ -162,14 +163,12 @@ def sparse_cost(folder: Path) -> float:
     return float(np.median(seconds[64][2:]) / np.median(seconds[1][2:]))
 
 
-def index_figures(entries: int, folder: Path) -> dict[str, float]:
-    """The chunk index at size, measured by its own benchmark in a process of its own."""
-    words = [sys.executable, "-m", "bench.index", str(entries), "--directory", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    *lines, last = done.stdout.splitlines()
-    print("\n".join(lines), flush=True)
-    found: dict[str, float] = json.loads(last)
-    return {key: found[key] for key in ("index_us_per_lookup", "index_bytes_per_entry")}
+def other(*words: str | int | float | Path) -> dict[str, float]:
+    """The figures of another benchmark, run in a process of its own; prints what it says."""
+    done = subprocess.run([sys.executable, "-m", *map(str, words)], stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout, end="", flush=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":
