@@ -32,6 +32,10 @@ class Measured:
         """Median seconds from outside."""
         return statistics.median(each.wall for each in self.steps[tool, phase])
 
+    def processor(self, tool: str, phase: str) -> float:
+        """Median processor seconds of a command and its children."""
+        return statistics.median(each.processor for each in self.steps[tool, phase])
+
     def own(self, phase: str) -> float:
         """Median of our own seconds, unlocked to committed."""
         return statistics.median(each.own or each.wall for each in self.steps[OURS, phase])
@@ -74,9 +78,18 @@ def table(measured: Measured, mib: int) -> list[str]:
         full, dirty, restore, unlock = (measured.wall(tool, each) for each in ("full", "dirty", "restore", "unlock"))
         seconds = f"{full:10.2f}{mib / full:10.0f}{dirty:10.2f}{restore:10.2f}{mib / restore:10.0f}{unlock:10.2f}"
         lines.append(f"{tool:16}{seconds}" + "".join(f"{size:10.1f}" for size in measured.mib(tool)))
+    lines.append("processor seconds of all processes:")
+    for tool in measured.tools():
+        spent = ", ".join(f"{phase} {measured.processor(tool, phase):.2f}" for phase in ("full", "dirty", "restore"))
+        lines.append(f"{tool:16} {spent}")
     lines.append("seconds are medians of whole commands; stored and growth (for 2 % dirty) in MiB")
     own = ", ".join(f"{phase} {measured.own(phase):.3f}" for phase in ("full", "dirty", "scan"))
     lines.append(f"{OURS}, seconds from unlocked to committed: {own}")
+    best = min(measured.unlocked(tool, "full") for tool in measured.peers())
+    lines.append(
+        f"so counted, full is {best / measured.own('full'):.2f} times as fast as the best peer less its unlocking, "
+        f"{measured.wall(PIPE, 'full') / measured.own('full'):.2f} times as fast as the pipe"
+    )
     return lines
 
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +22,11 @@ _PASSPHRASE = "a passphrase for measuring"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One command: seconds from outside, and what it says itself of the time from unlocked to committed."""
+    """One command: seconds from outside, processor seconds of all its processes, and what it says itself of the time
+    from unlocked to committed."""
 
     wall: float
+    processor: float
     own: float | None = None
 
 
@@ -56,16 +58,22 @@ class Tool(Protocol):
         """Bytes of the repository, more than it had when it was empty."""
 
 
-def run(command: list[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> tuple[float, str]:
-    """Seconds and standard output. Raises ToolError."""
-    began = time.perf_counter()
+def run(command: list[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> tuple[Step, str]:
+    """What it took, and standard output. Raises ToolError."""
+    began, before = time.perf_counter(), _processor()
     done = subprocess.run(
         command, env={**os.environ, **(environment or {})}, cwd=cwd, capture_output=True, text=True, check=False
     )
-    seconds = time.perf_counter() - began
+    step = Step(time.perf_counter() - began, _processor() - before)
     if done.returncode:
         raise ToolError(f"{' '.join(command[:4])} ...: {done.stderr.strip()[-600:]}")
-    return seconds, done.stdout
+    return step, done.stdout
+
+
+def _processor() -> float:
+    """Processor seconds of all processes that were waited for so far."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def content_bytes(folder: Path) -> int:
@@ -95,8 +103,8 @@ class Perdure:
             "PERDURE_PASSWORD": _PASSPHRASE,
         }
 
-    def perdure(self, *words: str) -> tuple[float, str]:
-        """Run one command; seconds and standard output."""
+    def perdure(self, *words: str) -> tuple[Step, str]:
+        """Run one command; what it took and standard output."""
         return run([*self.command, *words], self.environment())
 
     def full(self, image: Path) -> Step:
@@ -105,13 +113,13 @@ class Perdure:
     def load(self, *words: str | Path, image_name: str = "ram") -> Step:
         """`perdure import VM IMAGE [options]`."""
         vm, image, *options = map(str, words)
-        seconds, out = self.perdure("import", vm, f"{image_name}={image}", "--json", *options)
+        step, out = self.perdure("import", vm, f"{image_name}={image}", "--json", *options)
         made = json.loads(out)
         self.last = f"{made['vm']}@{made['generation']}"
-        return Step(seconds, float(made["seconds"]))
+        return replace(step, own=float(made["seconds"]))
 
     def unlock(self) -> Step:
-        return Step(self.perdure("log")[0])
+        return self.perdure("log")[0]
 
     def dirty(self, image: Path, ranges: Path) -> Step:
         return self.load("vm", image, "--parent", "vm@latest", "--dirty", f"ram={ranges}")
@@ -121,7 +129,7 @@ class Perdure:
         return self.load("vm", image, "--parent", "vm@1")
 
     def restore(self, target: Path) -> Step:
-        return Step(self.perdure("export", self.last, "ram", str(target / "ram"))[0])
+        return self.perdure("export", self.last, "ram", str(target / "ram"))[0]
 
     def stored(self) -> int:
         return content_bytes(self.folder / "repository") - self.empty
@@ -143,21 +151,21 @@ class Restic:
         source.mkdir(exist_ok=True)
         (source / "ram").unlink(missing_ok=True)
         os.link(image, source / "ram")
-        return Step(self._run("backup", str(source / "ram")))
+        return self._run("backup", str(source / "ram"))
 
     def unlock(self) -> Step:
-        return Step(self._run("cat", "config", "--no-lock"))
+        return self._run("cat", "config", "--no-lock")
 
     def dirty(self, image: Path, ranges: Path) -> Step:  # noqa: ARG002  # it can't use them
         return self.full(image)
 
     def restore(self, target: Path) -> Step:
-        return Step(self._run("restore", "latest", "--target", str(target)))
+        return self._run("restore", "latest", "--target", str(target))
 
     def stored(self) -> int:
         return content_bytes(self.folder / "repository") - self.empty
 
-    def _run(self, *words: str) -> float:
+    def _run(self, *words: str) -> Step:
         environment = {"RESTIC_PASSWORD": _PASSPHRASE, "RESTIC_CACHE_DIR": str(self.folder / "cache")}
         return run(["restic", "-q", "-r", str(self.folder / "repository"), *words], environment)[0]
 
@@ -184,21 +192,21 @@ class Borg:
         self._count += 1
         chunker = ["--chunker-params", "fixed,65536"] if self._fixed else []
         archive = f"{self.folder / 'repository'}::{self._count}"
-        return Step(self._run("create", "-C", "zstd,1", *chunker, archive, "ram", cwd=source))
+        return self._run("create", "-C", "zstd,1", *chunker, archive, "ram", cwd=source)
 
     def unlock(self) -> Step:
-        return Step(self._run("list", str(self.folder / "repository")))
+        return self._run("list", str(self.folder / "repository"))
 
     def dirty(self, image: Path, ranges: Path) -> Step:  # noqa: ARG002  # it can't use them
         return self.full(image)
 
     def restore(self, target: Path) -> Step:
-        return Step(self._run("extract", f"{self.folder / 'repository'}::{self._count}", cwd=target))
+        return self._run("extract", f"{self.folder / 'repository'}::{self._count}", cwd=target)
 
     def stored(self) -> int:
         return content_bytes(self.folder / "repository") - self.empty
 
-    def _run(self, *words: str, cwd: Path | None = None) -> float:
+    def _run(self, *words: str, cwd: Path | None = None) -> Step:
         base = self.folder / "base"
         environment = {
             "BORG_PASSPHRASE": _PASSPHRASE,
@@ -222,7 +230,7 @@ class Pipe:
         return self._pipe(f"zstd -1 -T2 -c '{image}' | openssl enc {self._CIPHER} >'{self.folder / 'stored'}'")
 
     def unlock(self) -> Step:
-        return Step(0.0)
+        return Step(0.0, 0.0)
 
     def dirty(self, image: Path, ranges: Path) -> Step:  # noqa: ARG002  # it can't use them
         return self.full(image)
@@ -234,7 +242,7 @@ class Pipe:
         return (self.folder / "stored").stat().st_size
 
     def _pipe(self, line: str) -> Step:
-        return Step(run(["bash", "-o", "pipefail", "-c", line])[0])
+        return run(["bash", "-o", "pipefail", "-c", line])[0]
 
 
 def restored_file(target: Path) -> Path:
