@@ -45,16 +45,17 @@ class Platform:
     """Whether there is a device with a random id that is another one at each launch (QEMU, docs/specs/vmgenid)."""
 
 
-_VISIBLE = ("-device", "-nic", "-net", "-global", "-vga", "-usb", "-usbdevice", "-watchdog")
-"""Options of which devices of the guest come."""
+_VISIBLE = ("-device", "-drive", "-cdrom", "-virtfs", "-nic", "-net", "-global", "-vga", "-usbdevice", "-watchdog")
+"""Options with a value of which devices of the guest come."""
+_VISIBLE_FLAGS = ("-usb",)
 
 
 def devices_of(arguments: Sequence[str]) -> list[str]:
     """What of a command line makes devices that the guest sees, in order: a saved state fits these and no others."""
     return [
-        f"{option} {value}".strip()
+        option if option in _VISIBLE_FLAGS else f"{option} {value}"
         for option, value in zip(arguments, [*arguments[1:], ""], strict=True)
-        if option in _VISIBLE
+        if option in (*_VISIBLE, *_VISIBLE_FLAGS)
     ]
 
 
