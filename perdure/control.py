@@ -258,7 +258,8 @@ async def serve(path: Path, handlers: Mapping[str, Handler], log: Callable[[str]
         except BlockingIOError as error:
             name, holder = path.parent.name, _holder(directory)
             who = "" if holder is None else f", process {holder}"
-            raise LockedError(f"VM {name} has a supervisor already{who}: see perdure status {name}") from error
+            message = f"VM {name} has a supervisor already{who}: see perdure status {name}"
+            raise LockedError(message, pid=holder, purpose="supervising") from error
         _remove(directory, path.name)
         server = ControlServer(path, directory, handlers, log)
         await server._start()

@@ -96,11 +96,11 @@ def _chosen(repository: Repository, options: Namespace, given: Policy) -> Iterat
     """VMs and the rules to apply to them; a VM that no rules are set for is left alone by --all."""
     if options.all:
         for vm in repository.vms():
-            policy = repository.policy(vm)
+            policy = repository.policy(vm, whole=True)
             if policy is not None and policy.has_rules:
                 yield vm, policy
         return
-    policy = given if given.has_rules else repository.policy(options.what)
+    policy = given if given.has_rules else repository.policy(options.what, whole=True)
     if policy is None or not policy.has_rules:
         raise UsageError(
             f"say what to keep of {options.what} (--keep-last 7, say), set it for good (`perdure policy set`), "

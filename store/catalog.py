@@ -37,7 +37,7 @@ from base.errors import NotFoundError
 from store import format as layout
 from store.index import Additions, Index
 from store.packs import PackEntry, PackInfo
-from store.policy import Policy
+from store.policy import Policy, decode_policy
 from store.records import (
     AttributesBody,
     DoomBody,
@@ -150,10 +150,10 @@ class Catalog:
                 self._delete(txn, "protected", key)
         elif isinstance(body, PolicyBody):
             key = _ALL_VMS if body.vm is None else body.vm.encode()
-            if body.policy is None:
+            if bytes(body.policy) == b"null":
                 self._delete(txn, "policies", key)
             else:
-                self._put(txn, "policies", key, msgspec.json.encode(body.policy))
+                self._put(txn, "policies", key, bytes(body.policy))
         self._put(txn, "meta", b"last", _LAST.pack(header.sequence, record.id))
 
     def hurt(self, txn: lmdb.Transaction, generation: Generation) -> dict[str, int]:
@@ -373,15 +373,20 @@ class Catalog:
         value = self._get(txn, "stored", _VM.pack(vm_id, number))
         return 0 if value is None else int(_BYTES.unpack(value)[0])
 
-    def policy(self, txn: lmdb.Transaction, name: str) -> Policy | None:
-        """What holds for a VM: its own policy, else that for all; None if there is neither."""
+    def policy(self, txn: lmdb.Transaction, name: str, *, whole: bool = False) -> Policy | None:
+        """What holds for a VM: its own policy, else that for all; None if there is neither.
+
+        With `whole` one that is not all understood is refused (ConflictError). Raises IntegrityError.
+        """
         value = self._get(txn, "policies", name.encode()) or self._get(txn, "policies", _ALL_VMS)
-        return None if value is None else msgspec.json.decode(value, type=Policy)
+        return None if value is None else decode_policy(value, f"VM {name}", whole=whole)
 
     def policies(self, txn: lmdb.Transaction) -> dict[str | None, Policy]:
         """All policies by VM name; None for the one that holds for all others, which comes first."""
         return {
-            None if key == _ALL_VMS else key.decode(): msgspec.json.decode(value, type=Policy)
+            None if key == _ALL_VMS else key.decode(): decode_policy(
+                value, "all VMs" if key == _ALL_VMS else key.decode()
+            )
             for key, value in self._items(txn, "policies")
         }
 

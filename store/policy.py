@@ -11,6 +11,8 @@ from typing import Annotated
 
 import msgspec
 
+from base.errors import ConflictError, IntegrityError
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
@@ -40,12 +42,40 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.structs.replace(self, quota=None) != Policy()
 
 
+class _KnownPolicy(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One that says nothing that is not understood here."""
+
+
+def encode_policy(policy: Policy | None) -> msgspec.Raw:
+    """As it stands in records; null for none."""
+    return msgspec.Raw(msgspec.json.encode(policy))
+
+
+def decode_policy(data: bytes | memoryview, of: str, *, whole: bool = False) -> Policy:
+    """From JSON; `of` says whose it is. Rules that a newer Perdure has made are passed over, unless it must be `whole`:
+    then, since they might keep more, ConflictError is raised. Raises IntegrityError for what is no policy."""
+    try:
+        policy = msgspec.json.decode(data, type=Policy)
+    except msgspec.DecodeError as error:
+        raise IntegrityError(f"policy for {of}", f"makes no sense: {error}") from error
+    if whole:
+        try:
+            msgspec.json.decode(data, type=_KnownPolicy)
+        except msgspec.ValidationError as error:
+            problem = f"the policy for {of} has rules that this Perdure does not know: upgrade Perdure ({error})"
+            raise ConflictError(problem) from error
+    return policy
+
+
 def parse_span(text: str) -> timedelta:
     """`2y5m7d3h`: years of 365 days, months of 30, weeks (w), days, hours. Raises ValueError."""
     parts = _SPAN.findall(text)
     if not parts or "".join(count + unit for count, unit in parts) != text:
         raise ValueError(f"{text!r} is no span of time: write it as in 2y5m7d3h")
-    return timedelta(hours=sum(int(count) * _HOURS[unit] for count, unit in parts))
+    try:
+        return timedelta(hours=sum(int(count) * _HOURS[unit] for count, unit in parts))
+    except OverflowError:
+        raise ValueError(f"{text!r} is longer than any span that can be counted") from None
 
 
 def format_span(span: timedelta) -> str:

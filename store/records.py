@@ -17,7 +17,6 @@ from store import format as layout
 from store.format_keys import MAX_LEVEL, SIGNATURE_BYTES
 from store.keys import Keys
 from store.pagemap import Root
-from store.policy import Policy
 
 
 class UncertainCommitError(StorageError):
@@ -104,13 +103,13 @@ class SwapBody(msgspec.Struct, frozen=True, kw_only=True):
 class PolicyBody(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed body of the record that sets the policy of a VM, or (`vm` None) of every VM that has none of its own.
 
-    The last one counts; `policy` None takes it away.
+    The last one counts; `policy`, as store.policy encodes it, is null to take it away.
     """
 
     time: str
     host: str
     vm: str | None
-    policy: Policy | None
+    policy: msgspec.Raw
 
 
 class HurtGeneration(msgspec.Struct, frozen=True, kw_only=True):

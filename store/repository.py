@@ -54,7 +54,7 @@ from store.lanes import WorkerLanes
 from store.leases import Lease
 from store.nodes import StoredNodes
 from store.packs import FrameReader, PackInfo, read_pack
-from store.policy import Policy
+from store.policy import Policy, encode_policy
 from store.quotas import Admission, OvertakenError, Standing
 from store.records import (
     AttributesBody,
@@ -434,14 +434,17 @@ class Repository:
         with self.environment.read() as txn:
             return self.catalog.policies(txn)
 
-    def policy(self, vm: str) -> Policy | None:
-        """What holds for a VM: its own policy, else that for all; None if there is neither."""
+    def policy(self, vm: str, *, whole: bool = False) -> Policy | None:
+        """What holds for a VM: its own policy, else that for all; None if there is neither.
+
+        `whole`: refuse one that a newer Perdure has made and that is not all understood (ConflictError).
+        """
         with self.environment.read() as txn:
-            return self.catalog.policy(txn, vm)
+            return self.catalog.policy(txn, vm, whole=whole)
 
     def set_policy(self, vm: str | None, policy: Policy | None) -> None:
         """Set the policy of a VM, or of all that have none of their own; None takes it away. Raises StorageError."""
-        body = PolicyBody(time=_now(), host=socket.gethostname(), vm=vm, policy=policy)
+        body = PolicyBody(time=_now(), host=socket.gethostname(), vm=vm, policy=encode_policy(policy))
         self._commit(layout.RECORD_POLICY, lambda _: (body, bytes(16), 0, layout.ZERO_ID), [])
 
     def publish_generation(

@@ -57,7 +57,7 @@ def plan(generations: Sequence[Generation], policy: Policy, now: datetime) -> li
         if each.protected:
             reasons[each.id].append("protected")
         reasons[each.id] += [f"tag {tag}" for tag in each.tags if tag in policy.tags]
-        if policy.within is not None and times[each.id] >= min(now, times[newest_first[0].id]) - policy.within:
+        if policy.within is not None and min(now, times[newest_first[0].id]) - times[each.id] <= policy.within:
             reasons[each.id].append("within")
     for guest in (False, True):
         share = [each for each in newest_first if by_guest(each.cause) == guest]

@@ -38,6 +38,7 @@ from store.history import History
 from store.key_files import read_key_files
 from store.keys import Keys
 from store.packs import open_frame
+from store.policy import decode_policy
 from store.storage import LocalStorage
 from vm import config
 from vm.channel import LineSplitter
@@ -219,6 +220,8 @@ def _(data: bytes) -> None:
         for region in generation.regions.values():
             list(pagemap.nodes(region.root, _NoNodes()))
             pagemap.lookup(region.root, _NoNodes(), np.array([0], np.uint64))
+    elif isinstance(record.body, records.PolicyBody):
+        decode_policy(bytes(record.body.policy), "VM demo", whole=True)
 
 
 class _NoNodes:

@@ -174,6 +174,7 @@ EXAMPLES = {
     "ConfigurationError": ConfigurationError("VM.toml", "is no size", line=3, key="memory"),
     "FormatVersionError": errors.FormatVersionError("manifest 3", 9, 1),
     "IntegrityError": IntegrityError("pack ab", "seal is broken", offset=7, chunk="0" * 64),
+    "QuotaError": errors.QuotaError("demo", 7 << 20, 4 << 20, 5 << 20),
     "StorageError": StorageError("/x", "cannot write: No space left on device", errno=28),
 }
 FAMILIES = sorted(

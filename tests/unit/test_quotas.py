@@ -2,11 +2,12 @@
 
 import threading
 
+import msgspec
 import pytest
 from store_fixtures import add, content, image, place
 
 from base import extents as ranges
-from base.errors import ConflictError, QuotaError
+from base.errors import ConflictError, IntegrityError, QuotaError
 from store.policy import Policy
 from store.quotas import used_bytes
 
@@ -38,6 +39,22 @@ def test_policies_stand_in_the_repository_for_every_host():
                 assert repository.policies() == {None: Policy(daily=7), "vm": mine}
                 assert repository.policy("vm") == mine
                 assert repository.policy("gone") == repository.policy("other") == Policy(daily=7)
+
+
+def test_a_policy_of_a_newer_perdure_is_not_carried_out_in_part(monkeypatch):
+    with place() as where, where.open() as repository:
+        add(repository, "vm", {"ram": noise(1, 5)})
+        newer = msgspec.Raw(b'{"last":1,"fortnightly":2,"quota":1000000}')
+        monkeypatch.setattr("store.repository.encode_policy", lambda _: newer)
+        repository.set_policy("vm", None)
+        assert repository.policy("vm") == Policy(last=1, quota=1_000_000)
+        assert add(repository, "vm", {"ram": noise(2, 5)}).number == 2  # captures go on
+        with pytest.raises(ConflictError, match=r"upgrade Perdure .*fortnightly"):
+            repository.policy("vm", whole=True)
+        monkeypatch.setattr("store.repository.encode_policy", lambda _: msgspec.Raw(b'{"last":-1}'))
+        repository.set_policy("vm", None)
+        with pytest.raises(IntegrityError, match="policy for VM vm: makes no sense"):
+            repository.policy("vm")
 
 
 def test_a_commit_beyond_the_quota_is_refused_and_leaves_nothing():

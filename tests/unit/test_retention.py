@@ -60,6 +60,11 @@ def test_daylight_saving_changes_nothing(change):
     assert kept(history, Policy(within=parse_span("3h")), times[-1].astimezone(berlin)) == list(range(121, 114, -1))
 
 
+def test_a_span_longer_than_the_calendar_keeps_all():
+    history = every(24, 10)
+    assert kept(history, Policy(within=parse_span("999999y"))) == list(range(10, 0, -1))
+
+
 def test_a_client_whose_clock_runs_ahead_forgets_nothing_for_it():
     history = every(24, 10)
     for now in (NOW, NOW + timedelta(days=3650)):
@@ -100,7 +105,7 @@ def test_spans_are_written_as_they_are_read(hours):
     assert parse_span(format_span(timedelta(hours=hours))) == timedelta(hours=hours)
 
 
-@pytest.mark.parametrize("text", ["", "3", "h", "3 d", "3x", "-3d", "3dd"])
+@pytest.mark.parametrize("text", ["", "3", "h", "3 d", "3x", "-3d", "3dd", "999999y" * 9])
 def test_what_is_no_span(text):
     with pytest.raises(ValueError, match="span"):
         parse_span(text)
