@@ -341,7 +341,7 @@ def _(data: bytes) -> None:
 
 def _journal() -> bytes:
     path = world().root / "journal.json"
-    Journal(path, Identity(1, 2, "boot"), Disk()).committed("00" * 32)
+    Journal(path, Identity(1, 2, "boot"), Disk()).committed("00" * 32, ["pm0"])
     return path.read_bytes()
 
 
