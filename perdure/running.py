@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from base.errors import RepositoryMissingError, UsageError
@@ -18,7 +19,8 @@ from perdure import places
 from perdure.launcher import Launcher
 from perdure.opening import opened
 from perdure.output import Output
-from perdure.supervisor import Begin, Ended, Supervisor
+from perdure.speaker import Speaker
+from perdure.supervisor import Ended, Supervisor
 from store.records import Generation
 from store.repository import Repository
 from vm.config import Description, load
@@ -36,13 +38,7 @@ def run_vm(options: Namespace, output: Output) -> int:
     folder = RuntimeFolder(description.name, places.vm_runtime(description.name))
     launcher = Launcher(description, folder, places.vm_state(description.name))
     folder.check()
-    say = _sayer(output)
-    with opened(path, workers=True, progress=output.progress()) as repository:
-
-        def begin(runs: bool, progress: Progress) -> Generation | None:
-            return _to_restore(options, launcher, repository, say, runs, progress)
-
-        ended = asyncio.run(_supervise(launcher, repository, begin, say, output, options.boot))
+    ended = _run(options, output, launcher, path)
     output.result(
         {"vm": description.name, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
         lambda: [f"{description.name}: {ended.reason}"],
@@ -50,15 +46,28 @@ def run_vm(options: Namespace, output: Output) -> int:
     return 130 if ended.interrupted else 1 if ended.failed else 0
 
 
-async def _supervise(
-    launcher: Launcher,
-    repository: Repository,
-    begin: Begin,
-    say: Callable[[str], None],
-    output: Output,
-    boot: bool,
-) -> Ended:
-    return await Supervisor(launcher, repository, say, output.progress()).run(begin, boot=boot)
+def _run(options: Namespace, output: Output, launcher: Launcher, path: Path) -> Ended:
+    """Events of the VM, one line each, go to standard output, which with --json belongs to the document.
+
+    All processes are forked before there is a speaker, and its last words wait for a reader when nothing else does.
+    """
+    stream = sys.stderr if output.json else sys.stdout
+    with ExitStack() as last, opened(path, workers=True, progress=output.progress()) as repository:
+        speaker = last.enter_context(Speaker(stream.fileno(), output.progress()))
+        say = _nothing if output.quiet else speaker.say
+
+        def begin(runs: bool, progress: Progress) -> Generation | None:
+            return _to_restore(options, launcher, repository, say, runs, progress)
+
+        async def supervise() -> Ended:
+            supervisor = Supervisor(launcher, repository, say, speaker.progress)
+            return await supervisor.run(begin, boot=options.boot)
+
+        return asyncio.run(supervise())
+
+
+def _nothing(_: str) -> None:
+    """What --quiet says."""
 
 
 def _to_restore(
@@ -105,18 +114,3 @@ def _repository(given: str | None, description: Description) -> Path:
             "or PERDURE_REPOSITORY"
         )
     return Path(path).absolute()
-
-
-def _sayer(output: Output) -> Callable[[str], None]:
-    """Events of the VM, one line each: standard output belongs to the document with --json."""
-    stream = sys.stderr if output.json else sys.stdout
-
-    def say(line: str) -> None:
-        if output.quiet:
-            return
-        try:
-            print(line, file=stream, flush=True)
-        except OSError:  # whoever read it is gone: that must not end what supervises a VM
-            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
-
-    return say

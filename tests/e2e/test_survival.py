@@ -7,6 +7,7 @@ once and lent to one test after the other, without tags; a test that leaves it u
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import uuid
@@ -458,6 +459,19 @@ def test_a_guest_that_was_paused_when_its_supervisor_died_goes_on(vm: Supervised
     vm.run.expect("taken over")
     seen = vm.guest.run("numbers[0]")
     vm.until(lambda: vm.guest.run("numbers[0]") > seen, "the guest goes on")
+
+
+@whatever_tracker
+def test_a_reader_of_the_supervisors_words_that_does_not_read_holds_up_nothing(vm: Supervised) -> None:
+    expected = write_past_the_last_generation(vm, 29)
+    pipe = os.open(f"/proc/{vm.run.process.pid}/fd/1", os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(pipe, b"\n"):
+            pass
+    os.close(pipe)
+    reboot(vm)
+    assert_captured(vm, "reboot", expected)
+    vm.run.expect("rebooted: ")
 
 
 @whatever_tracker
