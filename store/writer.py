@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,11 @@ from store.nodes import NodeWriter
 from store.packs import PackInfo, delete_packs
 from store.quotas import Admission, OvertakenError, Wanted, WantedRegion, admit
 from store.records import Generation, UncertainCommitError
+from store.stored_ids import StoredIds
 
 if TYPE_CHECKING:
     from store.repository import Repository
 
-_ID = np.dtype((np.void, layout.ID_BYTES))
 _BATCH_BYTES = 4 << 20
 _WINDOW = 1 << 18
 """Changed chunks after which a page map is brought up to date: bounds memory (40 bytes each)."""
@@ -83,7 +83,7 @@ class GenerationWriter:
         self._local: LocalLane | None = None
         self._workers: Lanes | None = None
         self._drafts: dict[str, RegionDraft] = {}
-        self._new: set[bytes] = set()
+        self._new = StoredIds(repository.environment.directory.parent, repository.disk)
         self._hit_packs: set[int] = set()
         self._published: list[PackInfo] = []
         self.dirty_bytes = 0
@@ -180,6 +180,7 @@ class GenerationWriter:
                 self._repository.storage.remove_leftovers("packs")  # of workers that died
         finally:
             self._published = []
+            self._new.close()
             if self._lease is not None:
                 self._lease.release()
             self._repository.storage.close()  # what is deleted from now on must not be kept on the disk by us
@@ -243,9 +244,7 @@ class GenerationWriter:
         known = locations["pack"] != 0
         self._hit_packs.update(np.unique(locations["pack"][known]).tolist())
         candidates = live[~known]
-        seen, add = self._new, self._new.add
-        names = cast("list[bytes]", np.ascontiguousarray(ids[candidates]).view(_ID).reshape(-1).tolist())
-        wanted[candidates] = [name not in seen and not add(name) for name in names]
+        wanted[candidates] = self._new.fresh(ids[candidates])
         return wanted
 
     def before(self, root: pagemap.Root) -> _Before:
