@@ -30,7 +30,7 @@ thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import ENOSPC
@@ -230,23 +230,34 @@ class Prune:
                     yield number, catalog.entry(txn, number), number in doomed
 
     def _scatters(self) -> Iterator[Scatter]:
-        """What the newest generation of each VM costs to restore. Nothing to say where packs are sealed anew."""
+        """What the newest generation of each VM costs to restore. Nothing to say where packs are sealed anew.
+
+        What the newest of another VM needs does not count as opened in vain: gathering could not part the two, and
+        would be tried again and again.
+        """
         newest = {each.vm: each for _, each in sorted(self._roots.items())} if self._settings.epoch is None else {}
+        everybody = self._marked_below(newest.values())
         for vm, generation in newest.items():
-            marks = Marks(self._repository, self._slots)
-            for region in generation.regions.values():
-                marks.mark(region.root)
+            marks = self._marked_below([generation]) if len(newest) > 1 else everybody
             packs: dict[int, tuple[float, float]] = {}
             for number, entry, _ in self._entries():
-                wanted = in_frames(entry, marks.of(number))
-                touched = wanted > 0
+                mine = in_frames(entry, marks.of(number))
+                touched = mine > 0
                 if touched.any():
                     counts = entry.counts[touched].astype(np.int64)
-                    full = max(1, int(entry.counts.max()))
-                    opened = float(counts.sum()) + FRAME_COST * len(counts)
-                    needed = float(wanted.sum()) * (1 + FRAME_COST / full)
-                    packs[number] = opened, min(opened, needed)
+                    full = int(entry.counts.max())
+                    wanted = in_frames(entry, everybody.of(number))[touched]
+                    needed = float(mine.sum()) * (1 + FRAME_COST / full)
+                    vain = float((counts - wanted).sum()) + FRAME_COST * float((1 - wanted / full).sum())
+                    packs[number] = needed + vain, needed
             yield Scatter(vm, packs)
+
+    def _marked_below(self, generations: Iterable[Generation]) -> Marks:
+        marks = Marks(self._repository, self._slots)
+        for generation in generations:
+            for region in generation.regions.values():
+                marks.mark(region.root)
+        return marks
 
     # Doom
 

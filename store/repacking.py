@@ -8,6 +8,7 @@ window of content is in memory at a time, and a frame is opened once for each wi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +26,7 @@ from store.nodes import by_frame
 from store.packs import Compressor, FrameReader, PackInfo, PackWriter, SealingKeys
 from store.storage import Storage
 
-WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 32 << 20
 _NODES_PER_FRAME = 64
 
 
@@ -88,25 +89,27 @@ class Repacking:
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
         """(ids (m, 32), chunks (m, size)) of a window in its order, for each size of chunks that there is."""
         ids, locations = wanted.ids[window], wanted.locations[window]
+        by_size: dict[int, tuple[NDArray[np.uint8], NDArray[np.bool_]]] = {}
+        making = threading.Lock()
 
-        def opened(job: tuple[int, int, NDArray[np.intp]]) -> NDArray[np.uint8] | None:
+        def place(job: tuple[int, int, NDArray[np.intp]]) -> None:
             pack, frame, at = job
             try:
-                return self.frames.chunks(pack, frame, locations["slot"][at], ids[at])
+                chunks = self.frames.chunks(pack, frame, locations["slot"][at], ids[at])
             except IntegrityError as error:
                 self.spoiled.setdefault(pack, error)
-                return None
+                return
+            with making:
+                size = chunks.shape[1]
+                if size not in by_size:  # for all of the window: what is not written to takes no memory
+                    by_size[size] = np.empty((len(ids), size), np.uint8), np.zeros(len(ids), np.bool_)
+                content, there = by_size[size]
+            content[at], there[at] = chunks, True
 
-        jobs = by_frame(locations)
-        by_size: dict[int, list[tuple[NDArray[np.intp], NDArray[np.uint8]]]] = {}
-        for (_, _, at), chunks in zip(jobs, threads.map(opened, jobs), strict=True):
-            if chunks is not None:
-                by_size.setdefault(chunks.shape[1], []).append((at, chunks))
-        for parts in by_size.values():
-            places = np.concatenate([at for at, _ in parts])
-            order = np.argsort(places)
-            content = np.concatenate([chunks for _, chunks in parts])[order]
-            yield ids[places[order]], content
+        for _ in threads.map(place, by_frame(locations)):
+            pass
+        for content, there in by_size.values():
+            yield (ids, content) if there.all() else (ids[there], content[there])
 
 
 class _Writer:
@@ -120,19 +123,24 @@ class _Writer:
         self.done: list[PackInfo] = []
 
     def add(self, ids: NDArray[np.uint8], chunks: NDArray[np.uint8], threads: ThreadPoolExecutor) -> None:
-        size = chunks.shape[1]
-        before = self._carry.pop(size, None)
-        if before is not None:
-            ids, chunks = np.concatenate([before[0], ids]), np.concatenate([before[1], chunks])
-        per_frame = self._per_frame(size)
-        whole = len(ids) // per_frame * per_frame
-        starts = range(0, whole, per_frame)
-        for at, (codec, payload) in zip(
-            starts, threads.map(lambda at: self._packed(chunks[at : at + per_frame]), starts), strict=True
-        ):
-            self._emit(codec, size, ids[at : at + per_frame], payload)
-        if whole < len(ids):
-            self._carry[size] = ids[whole:].copy(), chunks[whole:].copy()
+        size, per_frame = chunks.shape[1], self._per_frame(chunks.shape[1])
+        if size in self._carry:
+            before = self._carry.pop(size)
+            room = per_frame - len(before[0])
+            self._add([(np.concatenate([before[0], ids[:room]]), np.concatenate([before[1], chunks[:room]]))], threads)
+            ids, chunks = ids[room:], chunks[room:]
+        self._add(
+            [(ids[at : at + per_frame], chunks[at : at + per_frame]) for at in range(0, len(ids), per_frame)], threads
+        )
+
+    def _add(self, frames: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], threads: ThreadPoolExecutor) -> None:
+        """Write frames, but for a last one that is not full, which is kept until more comes."""
+        if frames and len(frames[-1][0]) < self._per_frame(frames[-1][1].shape[1]):
+            ids, chunks = frames.pop()
+            self._carry[chunks.shape[1]] = ids.copy(), chunks.copy()
+        packed = threads.map(self._packed, [chunks for _, chunks in frames])
+        for (ids, chunks), (codec, payload) in zip(frames, packed, strict=True):
+            self._emit(codec, chunks.shape[1], ids, payload)
 
     def finish(self) -> list[PackInfo]:
         for size, (ids, chunks) in self._carry.items():

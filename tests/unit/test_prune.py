@@ -275,6 +275,23 @@ def test_restores_of_the_newest_open_few_frames_after_a_prune():
         check_all(where, expected, repository)
 
 
+def test_gathering_is_done_once_also_where_machines_share_what_they_hold():
+    eager = PruneSettings(max_unused_percent=100, scattered_least=300)
+    with place() as where, where.open() as repository:
+        data, previous, expected = image(50, 2000), None, {}
+        for seed in range(6):
+            data = mixed(data, image(60 + seed, 2000), 7 + seed)
+            previous = add(repository, "vm", {"ram": data}, previous)
+            expected[previous.name] = data
+        pages = [data[at : at + 4096] for at in range(0, len(data) - 4096, 4096)]
+        shuffled = b"".join(pages[::3] + pages[1::3])
+        expected[add(repository, "other", {"ram": shuffled}).name] = shuffled
+        assert {reason for _, reason in plan_of(repository, eager).rewritten} == {"scattered"}
+        prune(repository, eager)
+        assert plan_of(repository, eager).doomed == ()
+        check_all(where, expected, repository)
+
+
 def test_packs_of_older_epochs_are_sealed_anew():
     with place(SMALL) as where, where.open() as repository:
         one = image(22, 300)
