@@ -46,7 +46,7 @@ from base import locks
 from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, LockedError, StorageError
 from store import examination
-from store.handles import MAP_SIZE, Handles
+from store.handles import LOCK_FILE_BYTES, MAP_SIZE, Handles
 
 if TYPE_CHECKING:
     Transaction = lmdb.Transaction[memoryview]
@@ -207,6 +207,7 @@ class Environment:
                 problem = examination.distrust(self.path, examination.read_marker(self._lock), mac_key)
                 if problem is not None:
                     raise IndexLostError(str(self.path), f"the index of this host is lost: {problem}")
+            _allocate_lock_file(self.path)
             self._handles = self._open_handles(databases)
             try:
                 facts = self.path.stat()
@@ -359,6 +360,19 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _allocate_lock_file(path: Path) -> None:
+    """LMDB maps the file of its lock: on a full disk, its first look at a page without a place there is SIGBUS."""
+    descriptor = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, LOCK_FILE_BYTES)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise StorageError(str(path), "the disk is full", errno=errno.ENOSPC) from error
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

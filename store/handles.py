@@ -27,6 +27,8 @@ MAP_SIZE = 1 << 40
 
 MAX_DATABASES = 32
 _MAX_READERS = 1022
+LOCK_FILE_BYTES = 64 << 10
+"""What LMDB makes of that: 64 bytes for each reader, and two cache lines."""
 
 
 class Handles:
