@@ -19,12 +19,14 @@ from crash_images import Blobs, Image, Recorder, crash_images
 from store_fixtures import CHEAP, PASSPHRASE, Place, add, image
 
 from base.disk import Disk
+from store import format as layout
 from store.chunker import PackingSettings
 from store.key_files import read_key_files
 from store.keychain import Keychain
 from store.policy import Policy
 from store.prune import prune
 from store.prune_plan import PruneSettings
+from store.repair import repair
 from store.repository import Repository, create, read_mark
 from store.slots import NewSlot, new_keyring, unlock
 
@@ -183,6 +185,18 @@ def prune_(run: Run) -> None:
     with run.repository() as repository:
         _, done = prune(repository, PruneSettings(max_unused_percent=0, scattered_least=1))
         assert not done.waiting and not done.unreadable
+
+
+@operation
+def repair_(run: Run) -> None:
+    """Of a pack whose footer is damaged first, through the same disk: nothing is lost, so all must be readable."""
+    with run.repository() as repository:
+        name = layout.pack_name(bytes.fromhex(repository.resolve("vm@2").packs[0]))
+        if repository.storage.exists(name):  # else it was repaired before
+            data = bytearray(repository.storage.get(name))
+            data[-20] ^= 1
+            repository.storage.put_back(name, [bytes(data)])
+        repair(repository)
 
 
 def key_rotate_rewrite(run: Run) -> None:
