@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from base import extents as ranges
-from base.errors import StorageError
+from base.errors import IntegrityError, StorageError
 from base.extents import Extents
 from base.progress import Progress, silent
 from capture.journal import Journal
@@ -167,8 +167,16 @@ def capture(
         journal.committed(generation.id, [region.name for region in regions])
         seconds = time.monotonic() - began
         # Inside the writer's lease: all that both stand on is there, also if somebody forgets them now.
-        changed = repository.changed(parent, generation, leased=True)
+        changed = _changed(repository, parent, generation)
     return Captured(generation, changed, seconds, tuple(writer.forgotten))
+
+
+def _changed(repository: Repository, parent: Generation | None, generation: Generation) -> dict[str, Extents]:
+    """Where they differ; everything, where the parent has lost what would say so."""
+    try:
+        return repository.changed(parent, generation, leased=True)
+    except IntegrityError:
+        return repository.changed(None, generation, leased=True)
 
 
 def _open(

@@ -2,7 +2,8 @@
 
 Rules are those that users know from restic: `last` keeps the newest n; `hourly` to `yearly` keep the newest of each of
 the n most recent periods in which there is one; `within` keeps what is younger than a span; `tags` keeps what carries
-one of them. The newest generation of a VM, and protected ones, are always kept.
+one of them. The newest generation of a VM, the newest one that has lost nothing, and protected ones, are always kept;
+one that is hurt is not counted in the place of a whole one.
 
 Order is the repository's sequence, never a clock, so that a wrong time cannot push others out by count. Periods are
 those of UTC: every host comes to the same plan, and no day has 23 or 25 hours. A span counts back from the newest
@@ -51,16 +52,19 @@ def plan(generations: Sequence[Generation], policy: Policy, now: datetime) -> li
     newest_first = sorted(generations, key=lambda each: each.sequence, reverse=True)
     times = {each.id: datetime.fromisoformat(each.time).astimezone(UTC) for each in newest_first}
     reasons: dict[str, list[str]] = {each.id: [] for each in newest_first}
+    whole = next((each for each in newest_first if not each.hurt), None)
     for at, each in enumerate(newest_first):
         if at == 0:
             reasons[each.id].append("newest")
+        elif each is whole:
+            reasons[each.id].append("newest whole")
         if each.protected:
             reasons[each.id].append("protected")
         reasons[each.id] += [f"tag {tag}" for tag in each.tags if tag in policy.tags]
         if policy.within is not None and min(now, times[newest_first[0].id]) - times[each.id] <= policy.within:
             reasons[each.id].append("within")
     for guest in (False, True):
-        share = [each for each in newest_first if by_guest(each.cause) == guest]
+        share = [each for each in newest_first if by_guest(each.cause) == guest and not each.hurt]
         for each in share[: policy.last]:
             reasons[each.id].append("last")
         for rule, period in _PERIODS.items():

@@ -3,18 +3,26 @@
 import os
 import random
 import tempfile
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from store_fixtures import add, content, image, memory_file, place
+from test_full_capture import Guest, judge
 
 from base import extents as ranges
 from base.errors import IntegrityError
+from store.check import check_repository
 from store.chunker import PackingSettings
 from store.format import PACK_DATA, PACK_NODES
 from store.holes import Holes
+from store.policy import Policy
+from store.prune import prune
+from store.prune_plan import PruneSettings
 from store.reader import GenerationReader
 from store.records import HurtGeneration
+from store.repair import repair
+from store.retention import plan
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 PAGE = 4096
@@ -144,3 +152,58 @@ def test_a_generation_is_not_built_on_what_its_parent_has_lost():
             assert two.parent == one.id
             for each in (one, two):
                 assert content(repository, each, "ram") == DATA
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("kind", [PACK_DATA, PACK_NODES])
+def test_a_capture_of_a_running_vm_whose_parent_is_hurt_looks_at_everything(kind, repaired, tmp_path):
+    with place(SMALL_PACKS) as where:
+        guest = Guest(tmp_path, 1)
+        with where.open() as repository:
+            for name, path in guest.files.items():
+                path.write_bytes(random.Random(3).randbytes(path.stat().st_size))
+                guest.trackers[name].written.update(range(path.stat().st_size // PAGE))
+            guest.capture(repository, full=False)
+            for path in packs_of(where, repository, kind):
+                path.unlink()
+        with where.elsewhere() as repository:
+            if repaired:
+                repair(repository)
+                assert repository.resolve("vm@1").hurt
+            guest.write(3)
+            done = guest.capture(repository, full=False)
+            judge(repository, guest, done, full=False)
+            repair(repository)
+            assert not repository.resolve("vm@1").hurt  # nothing but what was offered again had changed
+            guest.write(3)
+            later = guest.capture(repository, full=False).generation
+            assert later.dirty_bytes < done.generation.dirty_bytes  # it can be built on again
+
+
+def test_forgetting_by_rules_does_not_keep_hurt_generations_for_whole_ones():
+    with place() as where, where.open() as repository:
+        made = [add(repository, "vm", {"ram": DATA[number * PAGE :]}) for number in range(5)]
+        mark(repository, made[2], made[4])
+        verdicts = plan(repository.generations("vm"), Policy(last=2), datetime.now(UTC))
+        kept = {each.generation.number: each.reasons for each in verdicts if each.reasons}
+        assert kept == {5: ("newest",), 4: ("newest whole", "last"), 2: ("last",)}
+
+
+def test_prune_leaves_what_is_left_of_hurt_generations():
+    with place(SMALL_PACKS) as where:
+        with where.open() as repository:
+            one = add(repository, "vm", {"ram": DATA})
+            add(repository, "vm", {"ram": random.Random(2).randbytes(100 * PAGE) + DATA[100 * PAGE :]}, one)
+            packs_of(where, repository, PACK_DATA)[0].unlink()
+        with where.elsewhere() as repository:
+            with pytest.raises(IntegrityError, match="perdure repair"):
+                prune(repository, PruneSettings(max_unused_percent=0))
+            repair(repository)
+            before = part(repository, repository.resolve("vm@1"))
+            assert len(before[2])
+            prune(repository, PruneSettings(max_unused_percent=0, scattered_least=1))
+            after = part(repository, repository.resolve("vm@1"))
+            assert after[0] == before[0]
+            assert np.array_equal(after[2], before[2])
+            assert content(repository, repository.resolve("vm@2"), "ram")[100 * PAGE :] == DATA[100 * PAGE :]
+            assert check_repository(repository, read_data=True).findings == []
