@@ -1,0 +1,170 @@
+"""A flipped bit in every structure, files that are gone, cut, exchanged or of others: what repair makes of it.
+
+Afterwards a check finds nothing but what repair said that it cannot do, here and on a new host; what can be read is
+right, and what cannot is marked.
+"""
+
+import random
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from store_fixtures import PASSPHRASE, Place, add, content, image, place
+
+from base.errors import IntegrityError
+from store.check import check_repository
+from store.chunker import PackingSettings
+from store.history import History
+from store.mending import Mending
+from store.repair import repair
+from store.repository import Repository
+from store.slots import unlock
+from store.storage import LocalStorage
+
+SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
+PAGE = 4096
+DATA = {1: random.Random(1).randbytes(100 * PAGE)}
+DATA[2] = random.Random(2).randbytes(40 * PAGE) + DATA[1][40 * PAGE :]
+
+
+def filled(where) -> None:
+    with where.open() as repository:
+        first = add(repository, "vm", {"ram": DATA[1], "disk": image(1, 30)})
+        add(repository, "vm", {"ram": DATA[2], "disk": image(1, 30)}, first)
+
+
+def small_files(where) -> list[Path]:
+    folders = [where.path / "keys", where.path / "keyring", where.path / "records"]
+    return [where.path / "config", *(path for folder in folders for path in sorted(folder.iterdir()))]
+
+
+def packs(where) -> list[Path]:
+    return sorted((where.path / "packs").iterdir())
+
+
+def flip(path: Path, at: int, bit: int) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[at] ^= 1 << bit
+    path.write_bytes(damaged)
+
+
+def mended(where, state: Path, copy: Path | None = None) -> int:
+    """Small files, as the command does it; gives how many."""
+    mending = Mending(LocalStorage(where.path), None if copy is None else LocalStorage(copy), apply=True)
+    mends, files = mending.key_files()
+    keys = unlock(files, PASSPHRASE)
+    mends += mending.records(keys, History(state / "history.json").newest)
+    with Repository(where.path, keys, state) as repository:
+        repair(repository)
+    return len(mends)
+
+
+def judged(where) -> int:
+    """Clean everywhere, right or marked; gives the number of generations that can be read."""
+    for open_repository in (where.open, where.elsewhere):
+        with open_repository() as repository:
+            assert check_repository(repository, read_data=True).findings == []
+            good = 0
+            for generation in repository.generations("vm"):
+                with suppress(IntegrityError):
+                    assert content(repository, generation, "ram") == DATA[generation.number]
+                    assert content(repository, generation, "disk") == image(1, 30)
+                    good += 1
+                    assert not generation.hurt
+                    continue
+                assert generation.hurt
+    return good
+
+
+@pytest.mark.parametrize("host", ["known", "new"])
+def test_any_flipped_bit_of_a_small_file_is_set_right(host):
+    rng = random.Random(host)
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        for path in small_files(where):
+            original = path.read_bytes()
+            for at in {0, 9, len(original) - 1, rng.randrange(len(original)), rng.randrange(len(original))}:
+                flip(path, at, rng.randrange(8))
+                state = where.state if host == "known" else where.root / "never"
+                assert mended(where, state) == 1, f"{path} at {at}"
+                assert path.read_bytes() == original
+                shutil.rmtree(where.root / "never", ignore_errors=True)
+        assert judged(where) == 2
+
+
+def test_any_flipped_bit_of_a_pack_costs_a_frame_at_most():
+    rng = random.Random(5)
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        for path in packs(where):
+            original = path.read_bytes()
+            footer = len(original) - 16 - int.from_bytes(original[-16:-12], "little")
+            places = {
+                "header": rng.randrange(64),
+                "length": 64 + rng.randrange(4),
+                "frame": rng.randrange(68, footer),
+                "footer": rng.randrange(footer, len(original) - 16),
+                "trailer": len(original) - 16 + rng.choice([0, 1, 2, 3, 8, 15]),
+            }
+            for structure, at in places.items():
+                with place_like(where) as again:
+                    flip(again.path / "packs" / path.name, at, rng.randrange(8))
+                    mended(again, again.root / "new")
+                    good = judged(again)
+                    assert good == 2 or structure == "frame", (structure, at)
+                    assert not (again.path / "packs" / path.name).exists()
+
+
+@contextmanager
+def place_like(where):
+    """A copy of a place, to be changed."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
+        shutil.copytree(where.root, root, dirs_exist_ok=True)
+        yield Place.at(Path(root))
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut", "exchanged", "of another"])
+@pytest.mark.parametrize("host", ["known", "new"])
+def test_packs_that_are_gone_cut_or_others(how, host):
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        one, two = packs(where)[:2]
+        match how:
+            case "missing":
+                one.unlink()
+            case "empty":
+                one.write_bytes(b"")
+            case "cut":
+                one.write_bytes(one.read_bytes()[: one.stat().st_size // 2])
+            case "exchanged":
+                first = one.read_bytes()
+                one.write_bytes(two.read_bytes())
+                two.write_bytes(first)
+            case "of another":
+                with place(SMALL_PACKS) as other:  # of another repository, under this name
+                    filled(other)
+                    one.write_bytes(packs(other)[0].read_bytes())
+        mended(where, where.state if host == "known" else where.root / "new")
+        judged(where)
+
+
+def test_records_and_keys_that_are_gone_or_cut_come_from_a_copy():
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        copy = Path(shutil.copytree(where.path, where.root / "copy"))
+        before = {path: path.read_bytes() for path in small_files(where)}
+        for path in before:
+            for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:20])):
+                if path.parent.name == "keyring" and damage is Path.unlink:
+                    continue  # without any keyring it is no repository
+                damage(path)
+                assert mended(where, where.state, copy) == 1, path
+                assert path.read_bytes() == before[path]
+        assert judged(where) == 2
+        records = sorted((copy / "records").iterdir())
+        shutil.copy(records[1], records[2])  # a copy that is damaged itself gives nothing wrong
+        (where.path / "records" / records[2].name).write_bytes(b"")
+        with pytest.raises(IntegrityError):
+            mended(where, where.state, copy)
