@@ -311,6 +311,15 @@ def crash_images(recorder: Recorder, seed: int = 0) -> Iterator[Image]:
         yield from model.images(at, rng)
 
 
+def some_image(recorder: Recorder, rng: random.Random) -> Image:
+    """One of them, at random."""
+    log, model = recorder.finish(), _Model(recorder)
+    at = rng.randrange(len(log) + 1)
+    for entry in log[:at]:
+        model.apply(entry)
+    return rng.choice(list(model.images(at, rng)))
+
+
 def distinct(images: Iterator[Image]) -> tuple[int, list[Image]]:
     """(how many there are, one of each kind: with most of what must be there, where they differ in that).
 
