@@ -25,7 +25,7 @@ from store import format as layout
 from store.format_keys import SEAL_OVERHEAD
 from store.keys import Sealer
 from store.runs import LOCATION
-from store.storage import PendingObject, Storage
+from store.storage import WRITTEN_WRONG, PendingObject, Storage
 
 _WRITE_BUFFER = 1 << 20
 _GAP = 64 << 10
@@ -177,6 +177,10 @@ class PackWriter:
                 self._sealer.open(each, piece[begin + 4 : begin + 4 + length])
             number, at = stop, upto
         self._sealer.open(layout.FOOTER_NUMBER, self._object.read_back(end, footer_bytes))
+        trailer = layout.encode_pack_trailer(footer_bytes, self.frames)
+        for at, clear in ((0, layout.encode_pack_header(self.header)), (self.size - len(trailer), trailer)):
+            if self._object.read_back(at, len(clear)) != clear:
+                raise IntegrityError(self.name, WRITTEN_WRONG, offset=at)
 
 
 class Compressor:

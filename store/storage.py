@@ -28,6 +28,7 @@ from base.errors import IntegrityError, StorageError
 
 _TEMPORARY = ".writing-"
 _OPEN_FILES = 64
+WRITTEN_WRONG = "what is in the file is not what was written: nothing was published; faulty memory or disk"
 WHOLE_BYTES_MAX = 512 << 20
 """More than the largest record: somebody who can write the folder must not choose how much memory reading takes."""
 _HASTEN_BYTES = 1 << 20
@@ -65,7 +66,7 @@ class Storage(Protocol):
     """Named immutable objects. Names are `folder/name` or `name`."""
 
     def put(self, name: str, data: bytes) -> bool:
-        """Durably store a small object; False if the name is taken."""
+        """Durably store a small object, read back first; False if the name is taken. Raises IntegrityError."""
 
     def create(self, name: str) -> PendingObject:
         """Begin a large object."""
@@ -123,6 +124,8 @@ class LocalStorage:
     def put(self, name: str, data: bytes) -> bool:
         with _Pending(self, name) as pending:
             pending.write([data])
+            if pending.read_back(0, len(data) + 1) != data:  # a record that is damaged would end the history for ever
+                raise IntegrityError(name, WRITTEN_WRONG)
             done = pending.link()
         if done:
             self.disk.fsync_directory((self.root / name).parent)

@@ -31,7 +31,7 @@ from zstandard import ZstdDecompressor, ZstdError
 
 VERSION = 1
 DATA, NODES, BODY, SLOT, MASTER, KEYRING = 1, 2, 16, 32, 33, 34  # kinds of sealed parts; the first two are packs'
-GENESIS, GENERATION, TOMBSTONE, ATTRIBUTES, DOOM, SWAP, POLICY = range(1, 8)  # kinds of records
+GENESIS, GENERATION, TOMBSTONE, ATTRIBUTES, DOOM, SWAP, POLICY, HURT = range(1, 9)  # kinds of records
 FOOTER_NUMBER = 0xFFFFFFFF
 NODE_BYTES, FAN_OUT, HEIGHT_MAX = 1024, 32, 13
 FRAME_MAX = 16 << 20
@@ -240,7 +240,7 @@ def read_records(folder: Path, keyring: Keyring) -> list[Record]:
         require(len(data) == 148 + n + 64 and zero == 0, f"{what}: damaged")
         require(name == f"{sequence:012}" and found == sequence, f"{what}: {sequence} is missing")
         require(previous == (records[-1].id if records else ZERO), f"{what}: does not follow the one before")
-        require(GENESIS <= kind <= POLICY and (kind == GENESIS) == (sequence == 1), f"{what}: of kind {kind}")
+        require(GENESIS <= kind <= HURT and (kind == GENESIS) == (sequence == 1), f"{what}: of kind {kind}")
         newest = records[-1].epoch if records else keyring.signers[0][0]
         require(newest <= epoch <= keyring.epoch, f"{what}: of epoch {epoch}, which is past or unknown")
         signer = [key for first, key in keyring.signers if first <= epoch][-1]
@@ -271,6 +271,7 @@ class Generation:
     id: bytes
     body: dict[str, Any]
     protected: bool = False
+    hurt: tuple[str, ...] = ()  # regions that had lost something when that was last looked at
 
 
 class Pack:
@@ -339,6 +340,9 @@ class Reader:
                 packs.update(dict.fromkeys(body["added"]))
                 for name in body["removed"]:
                     packs.pop(name, None)
+            elif record.kind == HURT:
+                hurt = {(bytes.fromhex(each["vm_id"]), each["number"]): each["regions"] for each in body["generations"]}
+                found = {which: replace(each, hurt=tuple(hurt.get(which, ()))) for which, each in found.items()}
         for name in packs:
             self._add_pack(folder / "packs" / name)
         self.generations = list(found.values())

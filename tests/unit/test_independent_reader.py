@@ -26,7 +26,7 @@ from store.chunker import PackingSettings
 from store.keys import Keys
 from store.packs import PackWriter
 from store.policy import Policy
-from store.records import Body, GenerationBody, RegionBody, TombstoneBody, encode_record
+from store.records import Body, GenerationBody, HurtGeneration, RegionBody, TombstoneBody, encode_record
 from store.repository import create
 from store.slots import KeyFile, NewSlot, change, list_slots, new_keyring, unlock
 from store.storage import LocalStorage
@@ -96,6 +96,8 @@ def test_generations_of_several_vms():
             repository.forget(one)  # as two hosts may at the same time
             repository.protect(one, protected=True)
             repository.set_policy("one", Policy(last=3))
+            for which in (two, again):  # the last such record counts
+                repository.mark_hurt([HurtGeneration(vm_id=which.vm_id, number=which.number, regions={"ram": 4096})])
             known = {each.id: each for vm in ("one", "two") for each in repository.generations(vm)}
         assert len(os.listdir(where.path / "packs")) > 8
 
@@ -105,6 +107,7 @@ def test_generations_of_several_vms():
             ("one", 2, True),
             ("one", 3, False),
         ]
+        assert [each.hurt for each in reader.generations] == [(), (), ("ram",)]
         for each in reader.generations:
             written = known[each.id.hex()]
             assert (each.vm, each.number, each.body["time"]) == (written.vm, written.number, written.time)
