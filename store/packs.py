@@ -232,6 +232,8 @@ def open_frame(
     payload: bytes | memoryview = frame.payload
     if frame.codec == layout.CODEC_ZSTD:
         try:
+            if zstandard.frame_content_size(frame.payload) not in (-1, size):  # else it is what gets allocated
+                raise zstandard.ZstdError("it says that it has another length")
             payload = _decompressor().decompress(frame.payload, max_output_size=size)
         except zstandard.ZstdError as error:
             raise IntegrityError(name, f"frame {number} does not decompress: {error}", offset=offset) from error

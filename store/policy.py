@@ -56,12 +56,12 @@ def decode_policy(data: bytes | memoryview, of: str, *, whole: bool = False) -> 
     then, since they might keep more, ConflictError is raised. Raises IntegrityError for what is no policy."""
     try:
         policy = msgspec.json.decode(data, type=Policy)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise IntegrityError(f"policy for {of}", f"makes no sense: {error}") from error
     if whole:
         try:
             msgspec.json.decode(data, type=_KnownPolicy)
-        except msgspec.ValidationError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"the policy for {of} has rules that this Perdure does not know: upgrade Perdure ({error})"
             raise ConflictError(problem) from error
     return policy

@@ -26,7 +26,15 @@ from blake3 import blake3
 from store_fixtures import CHEAP, PASSPHRASE, Place, add, image
 
 from base.disk import Disk
-from base.errors import ConfigurationError, FormatVersionError, IntegrityError, PerdureError, StorageError, UsageError
+from base.errors import (
+    ConfigurationError,
+    ConflictError,
+    FormatVersionError,
+    IntegrityError,
+    PerdureError,
+    StorageError,
+    UsageError,
+)
 from base.units import parse_size
 from capture.journal import Journal
 from guest import perdure_guest
@@ -38,7 +46,7 @@ from store.history import History
 from store.key_files import read_key_files
 from store.keys import Keys
 from store.packs import open_frame
-from store.policy import decode_policy
+from store.policy import decode_policy, format_span, parse_span
 from store.storage import LocalStorage
 from vm import config
 from vm.channel import LineSplitter
@@ -221,7 +229,15 @@ def _(data: bytes) -> None:
             list(pagemap.nodes(region.root, _NoNodes()))
             pagemap.lookup(region.root, _NoNodes(), np.array([0], np.uint64))
     elif isinstance(record.body, records.PolicyBody):
-        decode_policy(bytes(record.body.policy), "VM demo", whole=True)
+        with suppress(ConflictError):  # rules of a newer Perdure
+            decode_policy(bytes(record.body.policy), "VM demo", whole=True)
+
+
+@decoder("policy", lambda: [b'{"last":3,"within":"P1DT3H","tags":["a"],"quota":5}'], (IntegrityError, ConflictError))
+def _(data: bytes) -> None:
+    policy = decode_policy(data, "vm", whole=True)
+    if policy.within is not None:
+        format_span(policy.within)
 
 
 class _NoNodes:
@@ -446,6 +462,11 @@ def _(data: bytes) -> None:
 @decoder("size", lambda: [b"64MiB", b"0x1000", b"1.5G"], (ValueError,))
 def _(data: bytes) -> None:
     parse_size(data.decode(errors="replace"))
+
+
+@decoder("span of time", lambda: [b"2y5m7d3h", b"36h"], (ValueError,))
+def _(data: bytes) -> None:
+    format_span(parse_span(data.decode(errors="replace")))
 
 
 @decoder("new key slot's label", lambda: ["Grüße".encode()], (UsageError,))
