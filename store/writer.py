@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from store.repository import Repository
 
 _BATCH_BYTES = 4 << 20
+_BATCH_RANGES = 512
+"""So that all that is on its way to a worker (8 KiB a batch) fits its pipe: nobody waits for somebody who waits."""
 _WINDOW = 1 << 18
 """Changed chunks after which a page map is brought up to date: bounds memory (40 bytes each)."""
 _BEFORE_WINDOW = 1 << 15
@@ -356,7 +358,7 @@ def _batches(present: Extents, chunk: int) -> Iterator[Batch]:
             waiting.append((start, stop))
             room -= stop - start
             start = stop
-            if room == 0:
+            if room == 0 or len(waiting) == _BATCH_RANGES:
                 yield _batch(waiting, chunk)
                 waiting, room = [], per_batch * chunk
     if waiting:

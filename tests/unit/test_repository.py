@@ -75,6 +75,20 @@ def test_worker_processes_make_the_same_generation():
         assert without.regions["ram"].root == with_workers.regions["ram"].root
 
 
+def test_every_other_page_goes_through_worker_processes():
+    """As many ranges as pages: batches are full of ranges, are judged together, and come back in any order."""
+    with place() as where, WorkerPool(2, serve_chunker) as pool, where.open(pool=pool) as repository:
+        before, after = (image(seed, 11001)[: 11000 * PAGE] for seed in (15, 16))
+        first, expected = add(repository, "vm", {"ram": before}), bytearray(before)
+        rows = ranges.normalise([(at, at + PAGE) for at in range(0, len(before), 2 * PAGE)])
+        with repository.writer("vm", first) as writer, memory_file(after) as descriptor:
+            writer.replace(writer.region("ram", "image", len(after)), descriptor, rows)
+            second = writer.commit("import")
+        for at, end in rows.tolist():
+            expected[at:end] = after[at:end]
+        assert content(repository, second, "ram") == expected
+
+
 def test_another_host_indexes_the_repository_by_itself():
     with place() as where:
         with where.open() as repository:
