@@ -73,13 +73,18 @@ class StoredNodes:
         raise failure
 
     def located_anew(self, ids: NDArray[np.uint8], before: NDArray[np.void]) -> NDArray[np.void] | None:
-        """Locations (n,) after others' records were replayed; None if they are what they were.
+        """Locations (n,) after others' records were replayed, or in other packs; None if there are none but `before`.
 
-        For whoever misses a pack: prune may have moved what it held.
+        For whoever misses a pack, which prune may have moved, or finds one damaged.
         """
         self._packs.refresh()
-        locations = self.locate(ids)
-        return None if np.array_equal(locations, before) else locations
+        with self._environment.read() as txn:
+            locations = self._index.lookup(txn, ids)
+            if not np.array_equal(locations, before):
+                return locations
+            others = self._index.lookup(txn, ids, np.unique(before["pack"]).astype(np.uint32))
+        found = others["pack"] != 0
+        return np.where(found, others, locations) if found.any() else None
 
     def locate(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
         """Locations (n,) of ids, pack 0 where there is none."""

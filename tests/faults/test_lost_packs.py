@@ -7,7 +7,9 @@ import pytest
 from store_fixtures import add, content, image, memory_file, place
 
 from base.errors import ConflictError, IntegrityError
+from store.check import check_repository
 from store.chunker import PackingSettings
+from store.format import PACK_DATA
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000)
 DATA = {1: image(1, 300), 2: image(2, 60) + image(1, 300)[60 * 4096 :]}
@@ -158,3 +160,28 @@ def test_a_pack_that_is_put_back_counts_again():
             assert readable(repository) == [1, 2]
             with repository.environment.read() as txn:
                 assert not repository.catalog.damaged(txn)
+
+
+def test_what_is_stored_twice_is_read_where_it_is_whole():
+    """Two writers that did not know of each other; each of their packs is damaged in turn."""
+    with place(SMALL_PACKS) as where:
+        with where.open() as repository, repository.writer("one") as one, repository.writer("vm") as two:
+            for writer in (one, two):
+                draft = writer.region("ram", "image", len(DATA[1]))
+                with memory_file(DATA[1]) as descriptor:
+                    writer.replace(draft, descriptor)
+            made = [one.commit("import"), two.commit("import")]
+        for generation in made:
+            packs = [where.path / "packs" / name for name in generation.packs]
+            packs = [path for path in packs if path.read_bytes()[10] == PACK_DATA]
+            assert packs
+            for path in packs:
+                flip(path, 200)
+            with where.open() as repository:
+                for vm in ("one", "vm"):
+                    assert content(repository, repository.resolve(f"{vm}@1"), "ram") == DATA[1]
+                findings = check_repository(repository, read_data=True).findings
+                assert {each.kind for each in findings} == {"frame"}
+                assert {each.generations for each in findings} == {()}
+            for path in packs:
+                flip(path, 200)

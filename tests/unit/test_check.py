@@ -149,3 +149,16 @@ def test_damage_is_told_with_all_whom_it_hurts_and_nobody_else():
         )
         assert finding.generations == ("vm@1", "vm@2")
         assert "ram" in finding.regions
+
+
+def test_more_damage_than_is_told_apart_still_names_all_whom_it_hurts(monkeypatch):
+    monkeypatch.setattr("store.check.MAX_CAUSES", 2)
+    monkeypatch.setattr("store.survey._MAX_SETS", 4)
+    with place(SMALL_PACKS) as where, where.open() as repository:
+        made = [add(repository, "vm", {"ram": random.Random(seed).randbytes(4096 * 40)}) for seed in range(5)]
+        for each in made:
+            for name in each.packs:
+                (where.path / "packs" / name).unlink()
+        findings = check_repository(repository).findings
+        assert len(findings) == sum(len(each.packs) for each in made)
+        assert {name for each in findings for name in each.generations} == {each.name for each in made}
