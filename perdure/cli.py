@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(options: argparse.Namespace) -> Callable[[argparse.Namespace], int | None]:
     """The command's function. Unlocking begins while its modules are imported: both take their time."""
-    dirty = options.command == "repository_commands:import_" and options.dirty
-    if options.command in _UNLOCK_EARLY or dirty:  # else import makes worker processes, which comes before threads
+    small = options.command == "repository_commands:import_" and len(options.dirty) >= len(options.regions)
+    if small or options.command in _UNLOCK_EARLY:  # others fork workers, before there are threads and keys
         from perdure import unlocking
 
         unlocking.begin(options.repository)

@@ -70,7 +70,7 @@ def opened(
     wait_s = lock_wait_s()
     keep_freed_memory()
     if early is not None and workers:
-        early.finish()
+        early.finish()  # no fork while a thread runs
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
         again: Callable[[], Keys] | None = None
