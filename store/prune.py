@@ -50,6 +50,7 @@ from store.leases import HeldLease
 from store.liveness import Bits, Marks, Slots, in_frames, use_of
 from store.nodes import NODE_BYTES
 from store.packs import PackEntry, PackInfo, read_pack
+from store.pagemap import Root
 from store.prune_plan import FRAME_COST, PackUse, PrunePlan, PruneSettings, Scatter, plan
 from store.records import Generation, GenerationBody, SwapBody, UncertainCommitError
 from store.repacking import Repacking, Wanted
@@ -98,6 +99,18 @@ class PruneResult:
     def freed_bytes(self) -> int:
         """What the repository is smaller by."""
         return self.removed_bytes - self.rewritten_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """A generation as far as marking goes: whose it is, and the roots of its regions."""
+
+    vm: str
+    roots: tuple[Root, ...]
+
+    @classmethod
+    def of(cls, generation: Generation) -> _Below:
+        return cls(generation.vm, tuple(region.root for region in generation.regions.values()))
 
 
 class Prune:
@@ -183,11 +196,11 @@ class Prune:
         roots = self._generations()
         stood_on = {sequence for each in held for sequence in each.facts.generations}
         for sequence in sorted(stood_on.union(self._made_since()).difference(roots)):
-            roots[sequence] = repository.generation_at(sequence)
+            roots[sequence] = _Below.of(repository.generation_at(sequence))
         todo = {sequence: each for sequence, each in roots.items() if sequence not in self._marked}
         for at, (sequence, generation) in enumerate(sorted(todo.items())):
-            for region in generation.regions.values():
-                self._live.mark(region.root)
+            for root in generation.roots:
+                self._live.mark(root)
             self._marked.add(sequence)
             self._progress("marking generations", at + 1, len(todo))
         self._marked_to = repository.sequence
@@ -200,10 +213,15 @@ class Prune:
                 if isinstance(self._repository.record(sequence).body, GenerationBody):
                     yield sequence
 
-    def _generations(self) -> dict[int, Generation]:
-        catalog = self._repository.catalog
+    def _generations(self) -> dict[int, _Below]:
+        """Those that are there, by sequence, without all else that they say: they may be many."""
+        catalog, found = self._repository.catalog, {}
         with self._repository.environment.read() as txn:
-            return {each.sequence: each for vm in catalog.vms(txn) for each in catalog.generations(txn, vm)}
+            for vm in catalog.vms(txn):
+                for number in catalog.generation_numbers(txn, vm):
+                    generation = catalog.generation(txn, vm, number)
+                    found[generation.sequence] = _Below.of(generation)
+        return found
 
     def _uses(self) -> Iterator[PackUse]:
         for number, entry, doomed in self._entries():
@@ -252,11 +270,11 @@ class Prune:
                     packs[number] = needed + vain, needed
             yield Scatter(vm, packs)
 
-    def _marked_below(self, generations: Iterable[Generation]) -> Marks:
+    def _marked_below(self, generations: Iterable[_Below]) -> Marks:
         marks = Marks(self._repository, self._slots)
         for generation in generations:
-            for region in generation.regions.values():
-                marks.mark(region.root)
+            for root in generation.roots:
+                marks.mark(root)
         return marks
 
     # Doom
@@ -374,8 +392,8 @@ class Prune:
         newest = {each.vm: sequence for sequence, each in sorted(self._roots.items())}
         order = sorted(self._roots, key=lambda sequence: (sequence not in newest.values(), -sequence))
         for at, sequence in enumerate(order):
-            for region in self._roots[sequence].regions.values():
-                marks.mark(region.root, found)
+            for root in self._roots[sequence].roots:
+                marks.mark(root, found)
             self._progress("putting in order", at + 1, len(order))
         return ranks
 
