@@ -28,6 +28,7 @@ from store.parts import DamagedValueError
 from store.records import Generation, GenerationBody, Record, decode_record, generation_of
 from store.salvage import Examined, Problem, examine
 from store.slots import list_slots
+from store.storage import ObjectMissingError
 from store.survey import MAX_CAUSES, Lost, Survey, Verdict, bits
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class Checkup:
         with repository.environment.read() as txn:
             numbers = repository.catalog.pack_numbers(txn)
             lost = [bytes.fromhex(each.pack_id) for each in repository.catalog.damaged(txn)]
-            ids = [repository.catalog.pack(number).header.pack_id for number in numbers]
+            ids = [repository.catalog.entry(txn, number).header.pack_id for number in numbers]
             places = list(zip(numbers, ids, strict=True))
             places += [(0, each) for each in lost if not repository.catalog.pack_number(txn, each)]
         chosen = set() if self._subset is None else self._subset.choose([each for _, each in places])
@@ -253,12 +254,15 @@ class Checkup:
 
     def _pack(self, number: int, pack_id: bytes, threads: ThreadPoolExecutor | None) -> None:
         repository = self._repository
-        entry = repository.catalog.pack(number) if number else None
+        try:
+            entry = repository.catalog.pack(number) if number else None
+        except ObjectMissingError:  # swapped out since packs were listed
+            return
         try:
             found = examine(repository.storage, repository.keys, pack_id, entry, threads)
         except FormatVersionError as error:
             found = Examined(pack_id, None, (Problem(None, None, str(error)),))
-        if found.missing and self._was_removed(pack_id):
+        if found.problems and self._was_removed(pack_id):
             return
         name = layout.pack_name(pack_id)
         for problem in found.problems:

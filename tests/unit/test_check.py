@@ -13,6 +13,8 @@ from store.check import Subset, check_repository
 from store.chunker import PackingSettings
 from store.index import LOCATION
 from store.packs import PackInfo
+from store.prune import prune
+from store.prune_plan import PruneSettings
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 
@@ -162,3 +164,34 @@ def test_more_damage_than_is_told_apart_still_names_all_whom_it_hurts(monkeypatc
         findings = check_repository(repository).findings
         assert len(findings) == sum(len(each.packs) for each in made)
         assert {name for each in findings for name in each.generations} == {each.name for each in made}
+
+
+@pytest.mark.parametrize("read_data", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_others_do_meanwhile_is_no_damage(seed, read_data):
+    """Another host commits, forgets and prunes whenever check says how far it is."""
+    rng = random.Random(seed)
+    with place(SMALL_PACKS) as where, where.open() as repository, where.elsewhere() as other:
+        data = bytearray(rng.randbytes(4096 * 150))
+        generation = None
+        for _ in range(6):
+            data[: 4096 * 30] = rng.randbytes(4096 * 30)
+            generation = add(other, "vm", {"ram": bytes(data)}, generation)
+        done = []
+
+        def progress(*_):
+            if len(done) < 30:
+                what = rng.choice(["add", "forget", "prune", "nothing"])
+                listed = other.generations("vm")
+                if what == "add":
+                    data[: 4096 * 30] = rng.randbytes(4096 * 30)
+                    add(other, "vm", {"ram": bytes(data)}, listed[-1])
+                elif what == "forget" and len(listed) > 2:
+                    other.forget(rng.choice(listed[:-1]))
+                elif what == "prune":
+                    prune(other, PruneSettings(max_unused_percent=0, scattered_least=1))
+                done.append(what)
+
+        assert check_repository(repository, read_data=read_data, progress=progress).findings == []
+        assert {"add", "forget", "prune"} <= set(done)
+        assert check_repository(repository, read_data=True).findings == []
