@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from store_fixtures import CHEAP, PASSPHRASE, add, content, image, memory_file, place
 
-from base.errors import IntegrityError, LockedError
+from base import extents as ranges
+from base.errors import ConflictError, IntegrityError, LockedError
 from store.check import check_repository
 from store.chunker import PackingSettings
 from store.donor import Donor
@@ -274,3 +275,68 @@ class Elsewhere:
 
     def open(self) -> Repository:
         return Repository(self.path, unlock(read_key_files(self.path), PASSPHRASE), self.state)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_others_capture_while_it_repairs(seed):
+    """Another host, whose index is older than the damage, begins and ends captures between any two steps. In the end
+    all that is not marked is whole, whatever it was built on and relies upon."""
+    rng = random.Random(seed)
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        expected = {number: DATA[number] for number in DATA}
+        with where.open() as repository, where.elsewhere() as other:
+            victims = rng.sample([*packs_of(where, PACK_DATA), *packs_of(where, PACK_NODES)], 2)
+            flip(victims[0], 64 + 4 + 50)
+            flip(victims[1], rng.choice([20, 64 + 4 + 50, -20]))
+            open_writers: list = []
+
+            def meanwhile() -> None:
+                if rng.random() < 0.6:
+                    begin(other, rng, expected, open_writers)
+                if open_writers and rng.random() < 0.6:
+                    end(open_writers, expected, rng)
+
+            for _ in range(20):
+                try:
+                    for _ in Repair(repository, None).steps():
+                        meanwhile()
+                    break
+                except LockedError:
+                    end(open_writers, expected, rng)
+            while open_writers:
+                end(open_writers, expected, rng)
+            other.refresh()
+        for open_repository in (where.open, where.elsewhere):
+            with open_repository() as repository:
+                for generation in repository.generations("vm"):
+                    try:
+                        assert content(repository, generation, "ram") == expected[generation.number]
+                    except IntegrityError:
+                        assert generation.hurt, generation.name
+                assert check_repository(repository, read_data=True).findings == []
+
+
+def begin(other, rng, expected, open_writers) -> None:
+    """A capture of some changed pages of the latest generation, as far as storing them."""
+    other.refresh()
+    parent = other.resolve("vm@latest")
+    data = bytearray(expected[parent.number])
+    at = rng.randrange(150) * PAGE
+    data[at : at + 20 * PAGE] = rng.choice([rng.randbytes(20 * PAGE), DATA[1][at : at + 20 * PAGE]])
+    try:
+        writer = other.writer("vm", parent)
+        draft = writer.region("ram", "image", len(data))
+        with memory_file(bytes(data)) as descriptor:
+            extents = None if draft.anew else ranges.normalise([(at, at + 20 * PAGE)])
+            writer.replace(draft, descriptor, extents)
+        open_writers.append((writer, bytes(data)))
+    except IntegrityError:  # a node that it needs is damaged: such a capture fails until a repair
+        writer.close()
+
+
+def end(open_writers, expected, rng) -> None:
+    """Commit one of the captures that were begun; what it shares may be gone by then."""
+    writer, data = open_writers.pop(rng.randrange(len(open_writers)))
+    with writer, suppress(IntegrityError, ConflictError):
+        expected[writer.commit("import").number] = data
