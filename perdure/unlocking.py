@@ -1,20 +1,18 @@
 """Unlocking that begins before a command's modules are imported.
 
-Argon2id takes a quarter of a second on both cores, importing numpy and the rest a sixth on one. So the command line
-begins to unlock in a thread, and the command takes the keys when it has got as far as needing them. Whatever stands in
-the way (no repository, nothing that opens it without asking, an error) is left to the command, which meets it again and
-says so. Imports only what unlocking needs. One at a time in a process.
+Argon2id takes a sixth of a second on both cores, importing numpy and the rest as long on one. So the command line
+begins to unlock in a thread, and the command takes the keys, or the error that there was, when it needs them. Where
+there is no repository, or a person would have to be asked, that is left to the command. Imports only what unlocking
+needs. One at a time in a process.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
-from base.errors import PerdureError
 from perdure.credentials import credential, stands_somewhere
 from store.key_files import read_key_files
 from store.keys import Keys
@@ -57,11 +55,10 @@ _begun: list[Unlocking] = []
 
 
 def begin(repository: str | None) -> None:
-    """Begin to unlock, if there is something to unlock and nobody need be asked."""
+    """Begin to unlock, if there is something to unlock and nobody need be asked. Raises UsageError."""
     path = repository or os.environ.get("PERDURE_REPOSITORY")
     if path and stands_somewhere() and (Path(path) / "config").exists():
-        with suppress(PerdureError):
-            _begun.append(Unlocking(Path(path).absolute(), credential()))
+        _begun.append(Unlocking(Path(path).absolute(), credential()))
 
 
 def begun(path: Path) -> Unlocking | None:
