@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from store.environment import Environment
-from store.index import LOCATION, Index
+from store.index.chunks import LOCATION, Index
+from store.index.environment import Environment
 
 BATCH = 1 << 18
 KEY = b"benchmark key of thirty-two byte"

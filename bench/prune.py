@@ -27,12 +27,12 @@ from store.chunker import PackingSettings
 from store.format_keys import Argon2Parameters
 from store.key_files import read_key_files
 from store.lanes import serve_chunker
-from store.prune import prune
-from store.prune_plan import PruneSettings
 from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository, create
 from store.slots import new_keyring, unlock
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 
 _PASSPHRASE = b"benchmark"
 _CHEAP = Argon2Parameters(time=1, memory_kib=64, lanes=1)

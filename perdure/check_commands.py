@@ -22,18 +22,18 @@ from store.repository import read_mark
 from store.slots import newest, unlock
 
 if TYPE_CHECKING:
-    from store.check import Hurt, Report
-    from store.donor import Donor
     from store.keys import Keys
-    from store.mending import Mend
-    from store.repair import RepairPlan, RepairResult
     from store.repository import Repository
     from store.slots import Credential
+    from store.upkeep.check import Hurt, Report
+    from store.upkeep.donor import Donor
+    from store.upkeep.mending import Mend
+    from store.upkeep.repair import RepairPlan, RepairResult
 
 
 def check(options: Namespace) -> int:
     """`perdure check`"""
-    from store.check import Finding, Subset, check_repository
+    from store.upkeep.check import Finding, Subset, check_repository
 
     if options.read_data and options.read_data_subset:
         raise UsageError("--read-data and --read-data-subset exclude each other")
@@ -85,7 +85,7 @@ def _check_text(report: Report) -> Iterator[str]:
 
 def repair_(options: Namespace) -> int:
     """`perdure repair`"""
-    from store.repair import Repair, RepairPlan, repair
+    from store.upkeep.repair import Repair, RepairPlan, repair
 
     output = Output(options.json, options.quiet)
     path, wait_s = repository_path(options.repository), lock_wait_s(0.0)
@@ -129,8 +129,8 @@ def _mended(
 ) -> tuple[list[Mend], Keys]:
     """Damaged mark, keyrings, key slots and records, which would keep the repository from being opened; the keys."""
     from store.history import History
-    from store.mending import Mending
     from store.storage import LocalStorage
+    from store.upkeep.mending import Mending
 
     if not (path / "keyring").is_dir():
         read_mark(path)  # says that there is no repository
@@ -153,7 +153,7 @@ def _is_copy(path: Path, source: Path) -> bool:
 
 def _right_index(path: Path, keys: Keys, dry_run: bool, output: Output) -> list[str]:
     """What is wrong with this host's index; it is thrown away for that, unless `dry_run`."""
-    from store.repair import index_problems
+    from store.upkeep.repair import index_problems
 
     with opened(path, progress=output.progress(), keys=keys) as repository:
         problems = index_problems(repository, output.progress())
@@ -165,7 +165,7 @@ def _right_index(path: Path, keys: Keys, dry_run: bool, output: Output) -> list[
 def _donor(stack: ExitStack, repository: Repository, path: Path, given: Credential, output: Output) -> Donor:
     """The other repository, opened; the index of a copy, which has the same name here, is made for this once."""
     from store import leases
-    from store.donor import Donor
+    from store.upkeep.donor import Donor
 
     state = None
     if read_mark(path) == repository.keys.repository_id:
@@ -180,7 +180,7 @@ def _donor(stack: ExitStack, repository: Repository, path: Path, given: Credenti
 def _repair_document(
     files: list[Mend], index: list[str], planned: RepairPlan, result: RepairResult | None
 ) -> dict[str, Any]:
-    from store.repair import advice
+    from store.upkeep.repair import advice
 
     document: dict[str, Any] = {
         "dry_run": result is None,
@@ -210,7 +210,7 @@ def _hurt_document(hurt: Iterable[Hurt]) -> list[dict[str, Any]]:
 def _repair_text(
     files: list[Mend], index: list[str], planned: RepairPlan, result: RepairResult | None
 ) -> Iterator[str]:
-    from store.repair import advice
+    from store.upkeep.repair import advice
 
     would = "would be" if result is None else "was"
     for file in files:

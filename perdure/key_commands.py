@@ -27,8 +27,8 @@ from store.repository import read_mark
 from store.slots import Credential, NewSlot, SlotInfo, list_slots, newest
 
 if TYPE_CHECKING:
-    from store.audit import Report
     from store.storage import LocalStorage
+    from store.upkeep.audit import Report
 
 _PUBLIC_KEY_MOST = 64 << 10
 _KINDS = {SlotKind.PASSPHRASE: "passphrase", SlotKind.KEY_FILE: "key file"}
@@ -140,7 +140,7 @@ def _rewrite(options: Namespace, given: Credential, output: Output) -> tuple[dic
 
 def export_public(options: Namespace) -> None:
     """`perdure key export-public`: the newest public signing key; unlocking proves that it is the repository's."""
-    from store.audit import public_pem
+    from store.upkeep.audit import public_pem
 
     with _keychain(options) as chain:
         keys = chain.keys
@@ -161,8 +161,8 @@ def export_public(options: Namespace) -> None:
 
 def audit(options: Namespace) -> int:
     """`perdure check --public-key`: what can be verified without a passphrase."""
-    from store import audit as audits
     from store.storage import LocalStorage
+    from store.upkeep import audit as audits
 
     output = Output(options.json, options.quiet)
     path = repository_path(options.repository)

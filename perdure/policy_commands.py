@@ -13,8 +13,8 @@ from base.units import format_size, parse_size
 from perdure.opening import opened, repository_path
 from perdure.output import Output, table
 from perdure.retention_commands import rules
-from store.policy import Policy, format_span
-from store.quotas import used_bytes
+from store.retention.policy import Policy, format_span
+from store.retention.quotas import used_bytes
 
 _COUNTS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _EVERY = "every other VM"

@@ -12,9 +12,9 @@ from base.units import format_size, parse_size
 from perdure.opening import lock_wait_s, opened, repository_path, with_room
 from perdure.output import Output
 from store.leases import HeldLease
-from store.prune import PruneResult, prune
-from store.prune_plan import EPOCH, PrunePlan, PruneSettings
 from store.repository import Repository
+from store.upkeep.prune import PruneResult, prune
+from store.upkeep.prune_plan import EPOCH, PrunePlan, PruneSettings
 
 _LOCKED, _DAMAGED = 11, 3
 _REASONS = {

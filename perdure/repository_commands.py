@@ -30,9 +30,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def init(options: Namespace) -> None:
     """`perdure init`"""
-    from store import reserve
     from store.repository import create
     from store.slots import new_keyring
+    from store.upkeep import reserve
 
     path = repository_path(options.repository)
     if not -7 <= options.compression_level <= 19 or not options.compression_level:

@@ -11,10 +11,10 @@ from base.errors import ConflictError, UsageError
 from perdure import documents
 from perdure.opening import opened, repository_path, with_room
 from perdure.output import Output, moment, table
-from store.policy import Policy, parse_span
 from store.records import Generation
 from store.repository import Repository
-from store.retention import Verdict, plan
+from store.retention.policy import Policy, parse_span
+from store.retention.rules import Verdict, plan
 
 
 def forget(options: Namespace) -> None:

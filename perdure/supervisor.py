@@ -298,7 +298,7 @@ class Supervisor:
     async def _go_through_reboot(self, machine: Machine, cause: str) -> Captured | None:
         """A held VM: capture, scrub, verify, the user's hook, reset. What is tagged stays where it is.
 
-        The cause says who wanted it: what a guest causes is counted apart by policies (store.retention).
+        The cause says who wanted it: what a guest causes is counted apart by policies (store.retention.rules).
         """
         self.state = "held"
         done = await self._try_capture(machine, cause) if self.launcher.description.policy.capture_on_reboot else None

@@ -35,9 +35,8 @@ from numpy.typing import NDArray
 
 from base.errors import NotFoundError
 from store import format as layout
-from store.index import Additions, Index
+from store.index.chunks import Additions, Index
 from store.packs import PackEntry, PackInfo
-from store.policy import Policy, decode_policy
 from store.records import (
     AttributesBody,
     DoomBody,
@@ -51,12 +50,13 @@ from store.records import (
     TombstoneBody,
     generation_of,
 )
+from store.retention.policy import Policy, decode_policy
 from store.storage import ObjectMissingError
 
 if TYPE_CHECKING:
     import lmdb
 
-    from store.environment import Environment
+    from store.index.environment import Environment
 
 DATABASES = (
     "meta", "packs", "pack_ids", "vms", "generations", "ids", "protected", "hurt", "damaged", "stored", "policies",

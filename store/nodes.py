@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from base.errors import IntegrityError
 from store import format as layout
-from store.index import LOCATION, Index
+from store.index.chunks import LOCATION, Index
 from store.packs import FrameReader, PackInfo, PackWriter, SealingKeys, delete_packs
 from store.pagemap import FANOUT
 from store.storage import Storage
@@ -21,7 +21,7 @@ from store.storage import Storage
 if TYPE_CHECKING:
     import lmdb
 
-    from store.environment import Environment
+    from store.index.environment import Environment
 
 NODE_BYTES = FANOUT * layout.ID_BYTES
 _NODES_PER_FRAME = 64

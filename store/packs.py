@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from base.errors import IntegrityError, StorageError
 from store import format as layout
 from store.format_keys import SEAL_OVERHEAD
+from store.index.runs import LOCATION
 from store.keys import Sealer
-from store.runs import LOCATION
 from store.storage import WRITTEN_WRONG, PendingObject, Storage
 
 _WRITE_BUFFER = 1 << 20

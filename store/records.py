@@ -103,7 +103,7 @@ class SwapBody(msgspec.Struct, frozen=True, kw_only=True):
 class PolicyBody(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed body of the record that sets the policy of a VM, or (`vm` None) of every VM that has none of its own.
 
-    The last one counts; `policy`, as store.policy encodes it, is null to take it away.
+    The last one counts; `policy`, as store.retention.policy encodes it, is null to take it away.
     """
 
     time: str

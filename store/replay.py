@@ -15,7 +15,7 @@ from store import format as layout
 from store import salvage
 from store.catalog import Catalog, DamagedPack
 from store.history import History
-from store.index import Additions
+from store.index.chunks import Additions
 from store.keys import Keys
 from store.records import GenerationBody, SwapBody, decode_record, epoch_of
 from store.storage import Storage

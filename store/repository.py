@@ -44,18 +44,16 @@ from store import format as layout
 from store import leases, pagemap
 from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
 from store.chunker import PackingSettings
-from store.environment import LOCK_WAIT_S, Environment, IndexLostError
 from store.format_keys import keyring_name
 from store.history import History
-from store.index import Index
+from store.index.chunks import Index
+from store.index.environment import LOCK_WAIT_S, Environment, IndexLostError
 from store.key_files import read_key_files
 from store.keys import Keys
 from store.lanes import WorkerLanes
 from store.leases import Lease
 from store.nodes import StoredNodes
 from store.packs import FrameReader, PackInfo, read_pack
-from store.policy import Policy, encode_policy
-from store.quotas import Admission, OvertakenError, Standing
 from store.records import (
     AttributesBody,
     Body,
@@ -78,6 +76,8 @@ from store.records import (
     unknown_epoch,
 )
 from store.replay import Replay
+from store.retention.policy import Policy, encode_policy
+from store.retention.quotas import Admission, OvertakenError, Standing
 from store.slots import require_descent
 from store.storage import LocalStorage, ObjectMissingError
 from store.writer import GenerationWriter, RegionDraft
@@ -392,8 +392,8 @@ class Repository:
     def doom(self, packs: Sequence[bytes]) -> int:
         """Append the record that these packs (ids), and no others, are about to be removed; gives its sequence.
 
-        From then on deduplication misses what only they hold. The repository's lock for pruning is held (store.prune).
-        Raises StorageError.
+        From then on deduplication misses what only they hold. The repository's lock for pruning is
+        held (store.upkeep.prune). Raises StorageError.
         """
         body = DoomBody(time=_now(), host=socket.gethostname(), packs=tuple(each.hex() for each in packs))
         return self._commit(layout.RECORD_DOOM, lambda _: (body, bytes(16), 0, layout.ZERO_ID), []).header.sequence

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from base.disk import Disk
 from store import format as layout
-from store.environment import Environment
-from store.index import LOCATION, Index
+from store.index.chunks import LOCATION, Index
+from store.index.environment import Environment
 
 _ID = np.dtype((np.void, layout.ID_BYTES))
 _HELD = 1 << 18

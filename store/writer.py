@@ -27,8 +27,8 @@ from store import leases, pagemap
 from store.lanes import Batch, Lanes, LocalLane
 from store.nodes import NodeWriter
 from store.packs import PackInfo, delete_packs
-from store.quotas import Admission, OvertakenError, Wanted, WantedRegion, admit
 from store.records import Generation, UncertainCommitError
+from store.retention.quotas import Admission, OvertakenError, Wanted, WantedRegion, admit
 from store.stored_ids import StoredIds
 
 if TYPE_CHECKING:

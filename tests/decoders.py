@@ -39,15 +39,17 @@ from base.units import parse_size
 from capture.journal import Journal
 from guest import perdure_guest
 from perdure.repository_commands import _read_ranges
-from store import audit, examination, format_keys, leases, pagemap, parts, records, salvage, slots
 from store import format as layout
+from store import format_keys, leases, pagemap, records, salvage, slots
 from store.chunker import PackingSettings
 from store.history import History
+from store.index import examination, parts
 from store.key_files import read_key_files
 from store.keys import Keys
 from store.packs import open_frame
-from store.policy import decode_policy, format_span, parse_span
+from store.retention.policy import decode_policy, format_span, parse_span
 from store.storage import LocalStorage
+from store.upkeep import audit
 from vm import config
 from vm.channel import LineSplitter
 from vm.folder import RuntimeFolder

@@ -5,7 +5,8 @@ import fcntl
 import pytest
 from store_fixtures import PASSPHRASE, SETTINGS, Place, add, image
 
-from store import leases, reserve
+from store import leases
+from store.upkeep import reserve
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from store_fixtures import image
 from base import locks
 from base.units import format_size
 from store.chunker import PackingSettings
-from store.index import LOCATION
+from store.index.chunks import LOCATION
 from store.key_files import read_key_files
 from store.repository import Repository
 from store.slots import unlock

@@ -25,8 +25,8 @@ from pathlib import Path, PurePosixPath
 from blake3 import blake3
 
 from base.disk import Disk
-from store import examination
 from store.catalog import INDEX_FOLDER
+from store.index import examination
 
 INDEX = PurePosixPath("state") / INDEX_FOLDER / "index.lmdb"
 ENUMERATED = 5

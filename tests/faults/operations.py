@@ -23,12 +23,12 @@ from store import format as layout
 from store.chunker import PackingSettings
 from store.key_files import read_key_files
 from store.keychain import Keychain
-from store.policy import Policy
-from store.prune import prune
-from store.prune_plan import PruneSettings
-from store.repair import repair
 from store.repository import Repository, create, read_mark
+from store.retention.policy import Policy
 from store.slots import NewSlot, new_keyring, unlock
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
+from store.upkeep.repair import repair
 
 OTHER, NEW = b"another slot", b"the new one"
 SMALL = PackingSettings(pack_bytes=30_000)

@@ -15,9 +15,9 @@ from base.errors import (
     RepositoryMissingError,
     WrongPassphraseError,
 )
-from store.check import check_repository
 from store.chunker import PackingSettings
 from store.format import PACK_DATA, PACK_NODES
+from store.upkeep.check import check_repository
 
 DATA = {1: image(1, 300), 2: image(2, 60) + image(1, 300)[60 * 4096 :]}
 

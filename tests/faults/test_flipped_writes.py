@@ -10,8 +10,8 @@ from test_crash_states import history, listed, opened, whole
 
 from base.disk import Disk
 from base.errors import IntegrityError
-from store.check import check_repository
 from store.repository import Repository
+from store.upkeep.check import check_repository
 
 
 class Flipping(Disk):

@@ -8,9 +8,9 @@ from store_fixtures import add, content, image, place
 from base.disk import Disk
 from base.errors import StorageError
 from perdure.opening import with_room
-from store import reserve
-from store.prune import prune
-from store.prune_plan import PruneSettings
+from store.upkeep import reserve
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 
 
 class FullDisk(Disk):

@@ -7,9 +7,9 @@ import pytest
 from store_fixtures import add, content, image, memory_file, place
 
 from base.errors import ConflictError, IntegrityError
-from store.check import check_repository
 from store.chunker import PackingSettings
 from store.format import PACK_DATA
+from store.upkeep.check import check_repository
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000)
 DATA = {1: image(1, 300), 2: image(2, 60) + image(1, 300)[60 * 4096 :]}

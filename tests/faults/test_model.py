@@ -23,11 +23,11 @@ from test_crash_states import history, listed, opened, read
 from base import extents as ranges
 from base.disk import Disk
 from base.errors import ConflictError
-from store.check import check_repository
 from store.keychain import Keychain
-from store.prune import prune
-from store.prune_plan import PruneSettings
 from store.repository import Repository, read_mark
+from store.upkeep.check import check_repository
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 
 PAGE = 4096
 POOL = [random.Random(each).randbytes(PAGE) for each in range(16)] + [bytes(PAGE)] * 4

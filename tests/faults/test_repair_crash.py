@@ -9,10 +9,10 @@ from store_fixtures import add, content, place
 
 from base.disk import Disk
 from base.errors import IntegrityError
-from store.check import check_repository
 from store.chunker import PackingSettings
 from store.format import PACK_DATA
-from store.repair import repair
+from store.upkeep.check import check_repository
+from store.upkeep.repair import repair
 
 SMALL_PACKS = PackingSettings(pack_bytes=100_000, frame_bytes=64 << 10)
 PAGE = 4096

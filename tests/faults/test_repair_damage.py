@@ -14,14 +14,14 @@ import pytest
 from store_fixtures import PASSPHRASE, Place, add, content, image, place
 
 from base.errors import IntegrityError
-from store.check import check_repository
 from store.chunker import PackingSettings
 from store.history import History
-from store.mending import Mending
-from store.repair import repair
 from store.repository import Repository
 from store.slots import unlock
 from store.storage import LocalStorage
+from store.upkeep.check import check_repository
+from store.upkeep.mending import Mending
+from store.upkeep.repair import repair
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 PAGE = 4096

@@ -15,7 +15,6 @@ from store_fixtures import CHEAP, PASSPHRASE, Place, add, image, place
 
 from base.errors import IntegrityError, UsageError
 from store import format as layout
-from store.audit import audit, public_from_pem, public_pem
 from store.history import History
 from store.key_files import read_key_files
 from store.keychain import Keychain
@@ -23,6 +22,7 @@ from store.records import GenerationBody, TombstoneBody, encode_record
 from store.repository import Repository
 from store.slots import NewSlot, new_keyring, unlock
 from store.storage import LocalStorage
+from store.upkeep.audit import audit, public_from_pem, public_pem
 
 
 class Story:
@@ -274,7 +274,7 @@ def test_what_is_put_there_to_keep_an_auditor_busy(story):
 def test_an_audit_needs_no_lmdb_and_no_state(story):
     program = (
         "import sys; sys.modules['lmdb'] = None\n"
-        "from pathlib import Path; from store.audit import audit; from store.storage import LocalStorage\n"
+        "from pathlib import Path; from store.upkeep.audit import audit; from store.storage import LocalStorage\n"
         "print(audit(LocalStorage(Path(sys.argv[1])), bytes.fromhex(sys.argv[2])).findings)"
     )
     words = [sys.executable, "-c", program, str(story.path), story.new.public_key.hex()]

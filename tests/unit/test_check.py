@@ -9,12 +9,12 @@ import pytest
 from store_fixtures import add, image, place
 
 from base.errors import UsageError
-from store.check import Subset, check_repository
 from store.chunker import PackingSettings
-from store.index import LOCATION
+from store.index.chunks import LOCATION
 from store.packs import PackInfo
-from store.prune import prune
-from store.prune_plan import PruneSettings
+from store.upkeep.check import Subset, check_repository
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 
@@ -154,8 +154,8 @@ def test_damage_is_told_with_all_whom_it_hurts_and_nobody_else():
 
 
 def test_more_damage_than_is_told_apart_still_names_all_whom_it_hurts(monkeypatch):
-    monkeypatch.setattr("store.check.MAX_CAUSES", 2)
-    monkeypatch.setattr("store.survey._MAX_SETS", 4)
+    monkeypatch.setattr("store.upkeep.check.MAX_CAUSES", 2)
+    monkeypatch.setattr("store.upkeep.survey._MAX_SETS", 4)
     with place(SMALL_PACKS) as where, where.open() as repository:
         made = [add(repository, "vm", {"ram": random.Random(seed).randbytes(4096 * 40)}) for seed in range(5)]
         for each in made:

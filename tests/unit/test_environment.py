@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from base.errors import ConflictError, LockedError, StorageError
-from store import environment, examination, handles, probe
-from store.environment import Environment, IndexLostError, file_system, is_network
-from store.index import LOCATION, Index
+from store.index import environment, examination, handles, probe
+from store.index.chunks import LOCATION, Index
+from store.index.environment import Environment, IndexLostError, file_system, is_network
 
 KEY = b"k" * 32
 NAMES = ("meta", *Index.DATABASES)
@@ -82,7 +82,7 @@ def child_process(folder, code):
     """A Python process with the environment of `folder` open as `env`, which answers on its stdout."""
     start = (
         "import sys; from pathlib import Path\n"
-        "from store.environment import Environment, IndexLostError\n"
+        "from store.index.environment import Environment, IndexLostError\n"
         f"env = Environment(Path({str(folder)!r}), {NAMES!r}, mac_key={KEY!r})\n"
         "print('open', flush=True)\n"
     )

@@ -12,17 +12,17 @@ from test_full_capture import Guest, judge
 
 from base import extents as ranges
 from base.errors import IntegrityError
-from store.check import check_repository
 from store.chunker import PackingSettings
 from store.format import PACK_DATA, PACK_NODES
 from store.holes import Holes
-from store.policy import Policy
-from store.prune import prune
-from store.prune_plan import PruneSettings
 from store.reader import GenerationReader
 from store.records import HurtGeneration
-from store.repair import repair
-from store.retention import plan
+from store.retention.policy import Policy
+from store.retention.rules import plan
+from store.upkeep.check import check_repository
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
+from store.upkeep.repair import repair
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 PAGE = 4096

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from base.errors import IntegrityError
-from store import merging, parts, runs
-from store.environment import Environment, IndexLostError
-from store.index import LOCATION, Index
-from store.runs import Queries
+from store.index import merging, parts, runs
+from store.index.chunks import LOCATION, Index
+from store.index.environment import Environment, IndexLostError
+from store.index.runs import Queries
 
 KEY = b"k" * 32
 NONE = np.empty(0, np.uint32)
@@ -161,7 +161,7 @@ def test_an_empty_index_finds_nothing(tmp_path):
 
 
 def test_look_ups_in_any_order_and_of_any_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("store.lookup.BATCH", 1000)
+    monkeypatch.setattr("store.index.lookup.BATCH", 1000)
     with opened(tmp_path) as (env, index):
         ids = random_ids(1, 60_000)  # more than a part
         add(env, index, ids, places(np.full(60_000, 7), np.arange(60_000)))
@@ -340,7 +340,7 @@ def test_a_step_that_was_overtaken_is_planned_again(tmp_path, monkeypatch, how, 
             return step
 
         monkeypatch.setattr(merging, "plan", slow_plan)
-        monkeypatch.setattr("store.index._ATTEMPTS", times + 1)
+        monkeypatch.setattr("store.index.chunks._ATTEMPTS", times + 1)
         merge_all(index)
         assert overtaken
         with env.read() as txn:

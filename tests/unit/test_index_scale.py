@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from store.environment import Environment
-from store.index import LOCATION, Index
+from store.index.chunks import LOCATION, Index
+from store.index.environment import Environment
 
 KEY = b"k" * 32
 COMMIT, COMMITS = 1 << 20, 20

@@ -8,9 +8,9 @@ from store_fixtures import add, content, image, place
 
 from store import format as layout
 from store.catalog import Catalog
-from store.policy import Policy
 from store.records import GenerationBody, RegionBody, encode_record
 from store.repository import Repository
+from store.retention.policy import Policy
 
 COUNT, VMS = 10_000, 50
 NOTHING = RegionBody(

@@ -13,12 +13,12 @@ from store_fixtures import content, image, memory_file, place
 from base.disk import Disk
 from base.errors import ConflictError, NotFoundError
 from store import format as layout
-from store.check import check_repository
 from store.chunker import PackingSettings
-from store.prune import prune
-from store.prune_plan import PruneSettings
 from store.records import decode_record
 from store.repository import Repository
+from store.upkeep.check import check_repository
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 
 SMALL_PACKS = PackingSettings(pack_bytes=100_000)
 PAGES = 60

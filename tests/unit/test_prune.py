@@ -11,11 +11,11 @@ from base import locks
 from base.errors import IntegrityError, LockedError
 from store import format as layout
 from store import leases
-from store.check import check_repository
 from store.chunker import PackingSettings
-from store.prune import LOCK, Prune, prune
-from store.prune_plan import PackUse, PruneSettings, Scatter, plan
 from store.reader import GenerationReader
+from store.upkeep.check import check_repository
+from store.upkeep.prune import LOCK, Prune, prune
+from store.upkeep.prune_plan import PackUse, PruneSettings, Scatter, plan
 
 SMALL = PackingSettings(pack_bytes=200_000)
 EVERYTHING = PruneSettings(max_unused_percent=0, scattered_least=1)

@@ -16,9 +16,9 @@ from store_fixtures import add, memory_file, place
 
 from base.errors import NotFoundError
 from store.chunker import PackingSettings
-from store.prune import Prune, prune
-from store.prune_plan import PruneSettings
 from store.reader import GenerationReader
+from store.upkeep.prune import Prune, prune
+from store.upkeep.prune_plan import PruneSettings
 
 TINY = PackingSettings(frame_bytes=8192, pack_bytes=20_000)
 EVERYTHING = PruneSettings(max_unused_percent=0, scattered_least=1)

@@ -11,7 +11,7 @@ from store_fixtures import add, image, memory_file, place
 from test_prune import NOTHING, SMALL, check_all
 
 from store import leases
-from store.prune import Prune
+from store.upkeep.prune import Prune
 
 
 def after(steps: Iterator[str], name: str) -> None:

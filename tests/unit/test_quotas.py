@@ -8,8 +8,8 @@ from store_fixtures import add, content, image, place
 
 from base import extents as ranges
 from base.errors import ConflictError, IntegrityError, QuotaError
-from store.policy import Policy
-from store.quotas import used_bytes
+from store.retention.policy import Policy
+from store.retention.quotas import used_bytes
 
 PAGE = 4096
 

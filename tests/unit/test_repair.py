@@ -10,15 +10,15 @@ from store_fixtures import CHEAP, PASSPHRASE, add, content, image, memory_file, 
 
 from base import extents as ranges
 from base.errors import ConflictError, IntegrityError, LockedError
-from store.check import check_repository
 from store.chunker import PackingSettings
-from store.donor import Donor
 from store.format import PACK_DATA, PACK_NODES
 from store.key_files import read_key_files
 from store.reader import GenerationReader
-from store.repair import DROP, PUT_BACK, REPLACE, Repair, repair
 from store.repository import Repository, create
 from store.slots import new_keyring, unlock
+from store.upkeep.check import check_repository
+from store.upkeep.donor import Donor
+from store.upkeep.repair import DROP, PUT_BACK, REPLACE, Repair, repair
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
 PAGE = 4096

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store.policy import Policy, format_span, parse_span
 from store.records import Generation
-from store.retention import GUEST_CAUSES, plan
+from store.retention.policy import Policy, format_span, parse_span
+from store.retention.rules import GUEST_CAUSES, plan
 
 NOW = datetime(2026, 11, 23, 12, 30, tzinfo=UTC)
 

@@ -17,15 +17,24 @@ MAY_IMPORT = {
 }
 
 
-def imports(path: Path) -> set[str]:
-    """First names of everything that a file imports, wherever in it."""
+INSIDE_STORE = {"index": {"index"}, "retention": {"index", "retention", ""}, "": {"index", "retention", ""}}
+"""Folders of store and what of store they may import; "" is what stands in store itself. Upkeep may import all."""
+
+
+def modules(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, wherever in it; of `from a import b` both a and a.b."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def imports(path: Path) -> set[str]:
+    """First names of everything that a file imports, wherever in it."""
+    return {name.split(".")[0] for name in modules(path)}
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -35,6 +44,18 @@ def test_arrows(folder):
     for path in files:
         wrong = (imports(path) & set(MAY_IMPORT)) - MAY_IMPORT[folder] - {folder}
         assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("folder", INSIDE_STORE)
+def test_arrows_inside_the_store(folder):
+    here = ROOT / "store" / folder
+    names = {path.stem for path in (ROOT / "store").glob("*.py")} | {"index", "retention", "upkeep"}
+    for path in sorted(here.glob("*.py")):
+        parts = [name.split(".") for name in modules(path)]
+        found = {each[1] for each in parts if each[0] == "store" and len(each) > 1 and each[1] in names}
+        found = {each if (ROOT / "store" / each).is_dir() else "" for each in found}
+        wrong = found - INSIDE_STORE[folder]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong)) or 'the store'}"
 
 
 def test_guest_needs_the_standard_library_only():

@@ -11,7 +11,7 @@ from base import locks
 from base.disk import Disk
 from base.errors import LockedError
 from store.catalog import INDEX_FOLDER
-from store.check import check_repository
+from store.upkeep.check import check_repository
 
 ENOUGH_S = 20.0
 """A reader that waits in spite of all gets an error after that, and no other test is slower for it."""

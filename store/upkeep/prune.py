@@ -1,7 +1,7 @@
 """Prune: giving back what no generation needs, while others read and write.
 
-One at a time per repository. What is in use is marked (store.liveness), a pure plan chooses packs (store.prune_plan),
-and then, in this order:
+One at a time per repository. What is in use is marked (store.upkeep.liveness), a pure plan chooses packs
+(store.upkeep.prune_plan), and then, in this order:
 
 1. *Doom*: a record names the packs that are to go. From there on nothing new comes to rely on them.
 2. Writers whose lease is older than that record may have found chunks in these packs: they are waited for, readers
@@ -20,7 +20,7 @@ and then, in this order:
 
 Killed anywhere, the repository is whole: what was published and not swapped in is named by no record, what was swapped
 out and not unlinked is unlinked by the next prune, and what is doomed is only not shared any more until then. On a
-full disk the emergency file (store.reserve) is given up for the few blocks that records take.
+full disk the emergency file (store.upkeep.reserve) is given up for the few blocks that records take.
 
 A chunk that is stored twice is kept once, and which of its places can be read is not tried: `perdure check --read-data`
 does that. `steps` is a generator, so that tests can let others do anything between any two steps. Belongs to one
@@ -44,16 +44,17 @@ from base import locks
 from base.errors import ConflictError, IntegrityError, StorageError
 from base.progress import Progress, silent
 from store import format as layout
-from store import leases, reserve
-from store.index import LOCATION
+from store import leases
+from store.index.chunks import LOCATION
 from store.leases import HeldLease
-from store.liveness import Bits, Marks, Slots, in_frames, use_of
 from store.nodes import NODE_BYTES
 from store.packs import PackEntry, PackInfo, read_pack
 from store.pagemap import Root
-from store.prune_plan import FRAME_COST, PackUse, PrunePlan, PruneSettings, Scatter, plan
 from store.records import Generation, GenerationBody, SwapBody, UncertainCommitError
-from store.repacking import Repacking, Wanted
+from store.upkeep import reserve
+from store.upkeep.liveness import Bits, Marks, Slots, in_frames, use_of
+from store.upkeep.prune_plan import FRAME_COST, PackUse, PrunePlan, PruneSettings, Scatter, plan
+from store.upkeep.repacking import Repacking, Wanted
 
 if TYPE_CHECKING:
     import lmdb

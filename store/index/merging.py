@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from store import parts, runs
-from store.lookup import IndexReader
-from store.parts import DamagedValueError, Role, Run
-from store.runs import Columns, Packs
+from store.index import parts, runs
+from store.index.lookup import IndexReader
+from store.index.parts import DamagedValueError, Role, Run
+from store.index.runs import Columns, Packs
 
 if TYPE_CHECKING:
     import lmdb

@@ -35,12 +35,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.errors import LockedError
-from store import merging, parts, runs
-from store.environment import Environment
-from store.lookup import IndexReader
-from store.merging import Delete, Put
-from store.parts import Role, State
-from store.runs import LOCATION, Columns, Locations
+from store.index import merging, parts, runs
+from store.index.environment import Environment
+from store.index.lookup import IndexReader
+from store.index.merging import Delete, Put
+from store.index.parts import Role, State
+from store.index.runs import LOCATION, Columns, Locations
 
 if TYPE_CHECKING:
     import lmdb

@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from store.policy import Policy
 from store.records import Generation
+from store.retention.policy import Policy
 
 GUEST_CAUSES = frozenset({"reboot", "shutdown", "panic", "crash", "checkpoint"})
 """Causes that a guest can bring about by itself."""

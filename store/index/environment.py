@@ -4,7 +4,7 @@ It is a private folder (0700) on a local file system:
 
     index.lmdb, index.lmdb-lock   LMDB's own
     lock                          flock, shared, of every process that has it open; holds the marker of
-                                  store.examination
+                                  store.index.examination
     gate                          lock (base.locks) of whoever opens, closes or discards
     writing                       lock of whoever has the write transaction, so that others know, and can wait in time
     <role>.role                   flock of whoever does a job that one process at a time does
@@ -20,11 +20,11 @@ Invariants:
   the disk before what it refers to, and stale pages pass every structural check. What metasync=False does not give
   is order against the repository: before something that the index once claimed is removed from the repository
   (prune unlinks packs), call `flush`.
-- A damaged index is found before it is mapped where that is possible (store.examination), and thrown away.
+- A damaged index is found before it is mapped where that is possible (store.index.examination), and thrown away.
 
 May be shared between threads; a transaction belongs to the thread that began it. LMDB allows one writer among all
-processes: keep write transactions short. Who reads never waits for who writes, also at opening (store.handles). But a
-read transaction keeps every page alive that is newer than it is: do not hold one while waiting for anything.
+processes: keep write transactions short. Who reads never waits for who writes, also at opening (store.index.handles).
+But a read transaction keeps every page alive that is newer than it is: do not hold one while waiting for anything.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ import lmdb
 from base import locks
 from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, LockedError, StorageError
-from store import examination
-from store.handles import LOCK_FILE_BYTES, MAP_SIZE, Handles
+from store.index import examination
+from store.index.handles import LOCK_FILE_BYTES, MAP_SIZE, Handles
 
 if TYPE_CHECKING:
     Transaction = lmdb.Transaction[memoryview]

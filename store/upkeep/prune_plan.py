@@ -1,4 +1,4 @@
-"""What a prune would do: a pure plan from facts about packs, carried out by store.prune.
+"""What a prune would do: a pure plan from facts about packs, carried out by store.upkeep.prune.
 
 Packs without anything in use go. Others are rewritten, which means that what is in use of them is copied into new packs
 before they go, for one of four reasons, each within what is left of `max_rewrite_bytes`:

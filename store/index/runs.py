@@ -5,7 +5,7 @@ A run is a sorted list of (chunk id, location) pairs, held as columns: the first
 that of the full 32 bytes; entries of one id stand newest pack first. Ids are keyed BLAKE3, so equal prefixes of
 different ids hardly ever happen, but nothing here is wrong or slow when they do.
 
-How runs are cut into stored parts is said in store.parts, and what is stored where in store.index.
+How runs are cut into stored parts is said in store.index.parts, and what is stored where in store.index.chunks.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from store import runs
+from store.index import runs
+from store.index.runs import Columns
 from store.packs import PackInfo
-from store.runs import Columns
 
 if TYPE_CHECKING:
     import lmdb
 
-    from store.index import Index
+    from store.index.chunks import Index
 
 _FACTORS = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64

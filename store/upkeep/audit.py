@@ -23,7 +23,6 @@ from base.errors import FormatVersionError, IntegrityError, UsageError
 from base.progress import Progress, silent
 from store import format as layout
 from store import format_keys, slots
-from store.check import Finding
 from store.format_keys import SIGNATURE_BYTES, KeyringHeader
 from store.history import History
 from store.key_files import key_files
@@ -31,6 +30,7 @@ from store.keychain import left_over, recognise
 from store.keys import Keys, signer_of
 from store.records import replaced_keys, unknown_epoch
 from store.storage import Storage
+from store.upkeep.check import Finding
 
 NOT_VERIFIED = (
     "content of packs and page maps, and whether packs are there at all",

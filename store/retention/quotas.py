@@ -21,9 +21,9 @@ from base.errors import ConflictError, IntegrityError, QuotaError
 from base.extents import Extents
 from store import format as layout
 from store import pagemap
-from store.policy import Policy
 from store.records import Generation
-from store.retention import by_guest, plan
+from store.retention.policy import Policy
+from store.retention.rules import by_guest, plan
 
 if TYPE_CHECKING:
     from store.repository import Repository

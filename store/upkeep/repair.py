@@ -1,14 +1,14 @@
 """Repair: what can be made whole is, what cannot is said, and nothing stays that looks whole and is not.
 
-A plan is made from one look at everything (`store.check.Checkup`), purely, and then carried out while others read and
-write:
+A plan is made from one look at everything (`store.upkeep.check.Checkup`), purely, and then carried out while others
+read and write:
 
 1. Packs of which another copy of this repository has a whole one are put back, byte for byte, and chunks that another
-   repository has are taken (`store.donor`).
+   repository has are taken (`store.upkeep.donor`).
 2. What can be read of a damaged pack is copied into new packs, which are published.
 3. A *hurt* record lists the generations that have lost something, so that nothing is built upon them any more.
-4. *Doom*, as in store.prune: nothing new comes to rely on the damaged packs. Writers that began before are waited for,
-   and what they have committed meanwhile is looked at again, until the list of step 3 is complete.
+4. *Doom*, as in store.upkeep.prune: nothing new comes to rely on the damaged packs. Writers that began before are
+   waited for, and what they have committed meanwhile is looked at again, until the list of step 3 is complete.
 5. *Swap* of the damaged packs for the new ones; the index is made durable; their files are unlinked.
 
 Killed anywhere, the repository is whole but for what was lost before, and the next repair goes on: packs that were
@@ -33,16 +33,16 @@ from base.progress import Progress, silent
 from base.workers import usable_cores
 from store import format as layout
 from store import leases
-from store.check import EVERYTHING, Checkup, Finding, Hurt, PackDamage
 from store.packs import open_frame
-from store.prune import LOCK
 from store.records import HurtGeneration, UncertainCommitError
-from store.repacking import Repacking
 from store.salvage import examine
+from store.upkeep.check import EVERYTHING, Checkup, Finding, Hurt, PackDamage
+from store.upkeep.prune import LOCK
+from store.upkeep.repacking import Repacking
 
 if TYPE_CHECKING:
-    from store.donor import Donor
     from store.repository import Repository
+    from store.upkeep.donor import Donor
 
 PUT_BACK, REPLACE, DROP = "put back", "replace", "drop"
 _POLL_SECONDS = 0.1

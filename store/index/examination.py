@@ -7,8 +7,8 @@ zeroed page reads as an empty one. So the first process that opens an index look
 - The marker says "open", written since this machine was booted, for this very file: somebody was killed. Trusted:
   what LMDB had written is in the page cache, which outlives processes; a transaction becomes visible by one
   write(2) of less than a page, done after all its other pages; locks are robust mutexes.
-- Anything else (power loss, a copied or restored file, no marker): a child process, store.probe, reads everything.
-  It may die of it; then the index is lost, and nothing else with it.
+- Anything else (power loss, a copied or restored file, no marker): a child process (store.index.probe) reads
+  everything. It may die of it; then the index is lost, and nothing else with it.
 
 The marker need not be durable: it names the file's inode, size, time and last transaction, so that an older one
 which a power loss brought back does not fit the file, or fits a file that was indeed left like that. Pure
@@ -129,12 +129,12 @@ def distrust(path: Path, marker: Marker | None, mac_key: bytes) -> str | None:
 
 def probe(path: Path, size: int, mac_key: bytes) -> str | None:
     """Have a child process read all of the index; why it cannot be trusted, None if it can."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(each for each in (root, os.environ.get("PYTHONPATH", "")) if each)
     limit = _PROBE_SECONDS + size / _PROBE_BYTES_PER_SECOND
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "store.probe", str(path.absolute())],
+            [sys.executable, "-m", "store.index.probe", str(path.absolute())],
             input=mac_key,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

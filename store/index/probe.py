@@ -1,4 +1,4 @@
-"""Read all of an index file in a process that may die of it: python -m store.probe PATH, MAC key on stdin.
+"""Read all of an index file in a process that may die of it: python -m store.index.probe PATH, MAC key on stdin.
 
 Status 0: it can be trusted. Otherwise a line on stdout says why not, or a signal does. First the file's structure
 is verified without mapping it (lmdb.verify: every page reachable once, in order, counted, and free pages disjoint
@@ -16,9 +16,9 @@ import lmdb
 import lmdb.verify
 
 from base.errors import PerdureError
-from store.handles import MAP_SIZE, MAX_DATABASES
-from store.index import Index
-from store.lookup import IndexReader
+from store.index.chunks import Index
+from store.index.handles import MAP_SIZE, MAX_DATABASES
+from store.index.lookup import IndexReader
 
 
 def problem(path: Path, mac_key: bytes) -> str | None:

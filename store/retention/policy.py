@@ -1,6 +1,6 @@
 """What is kept of a VM's generations, and how much it may store: the rules as they stand in a repository.
 
-Pure. store.retention says which generations the rules keep, store.quotas what a quota allows.
+Pure. store.retention.rules says which generations the rules keep, store.retention.quotas what a quota allows.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from store import parts, runs
-from store.environment import IndexLostError
-from store.parts import DamagedValueError, Run, State
-from store.runs import LOCATION, Columns, Locations, Packs, Positions, Prefixes, Queries
+from store.index import parts, runs
+from store.index.environment import IndexLostError
+from store.index.parts import DamagedValueError, Run, State
+from store.index.runs import LOCATION, Columns, Locations, Packs, Positions, Prefixes, Queries
 
 if TYPE_CHECKING:
     import lmdb

@@ -39,7 +39,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from store.runs import LOCATION, Columns, Locations, Packs, Prefixes
+from store.index.runs import LOCATION, Columns, Locations, Packs, Prefixes
 
 Buffer = bytes | memoryview
 

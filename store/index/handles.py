@@ -3,7 +3,7 @@
 py-lmdb keeps handles of named databases only where a write transaction opened them, or where the whole environment is
 open for reading only. So that nobody who reads waits for somebody who writes, it is opened for reading only while
 another process writes, and opened again for writing when this process first does. The caller holds the lock that
-all writers of the index share (store.environment) when it asks for writing.
+all writers of the index share (store.index.environment) when it asks for writing.
 
 May be shared between threads; a transaction belongs to the thread that began it, and no thread asks for writing
 inside one.

@@ -22,9 +22,9 @@ from store import format as layout
 from store.chunker import chunk_ids
 from store.nodes import by_frame
 from store.packs import open_frame
-from store.repacking import Repacking
 from store.salvage import chunks_are, examine
-from store.survey import Survey
+from store.upkeep.repacking import Repacking
+from store.upkeep.survey import Survey
 
 if TYPE_CHECKING:
     from store.repository import Repository

@@ -20,16 +20,16 @@ from base.workers import usable_cores
 from store import format as layout
 from store import leases
 from store.catalog import DamagedPack
-from store.comparison import Comparison, misplaced
-from store.environment import IndexLostError
 from store.format_keys import slot_name
+from store.index.environment import IndexLostError
+from store.index.parts import DamagedValueError
 from store.key_files import read_key_files
-from store.parts import DamagedValueError
 from store.records import Generation, GenerationBody, Record, decode_record, generation_of
 from store.salvage import Examined, Problem, examine
 from store.slots import list_slots
 from store.storage import ObjectMissingError
-from store.survey import MAX_CAUSES, Lost, Survey, Verdict, bits
+from store.upkeep.comparison import Comparison, misplaced
+from store.upkeep.survey import MAX_CAUSES, Lost, Survey, Verdict, bits
 
 if TYPE_CHECKING:
     import lmdb

@@ -1,0 +1,1 @@
+"""The local index: chunk locations as sorted runs in LMDB, and the environment that holds them."""
