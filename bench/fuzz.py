@@ -1,12 +1,13 @@
 """Feed damaged input to every decoder for as long as it is told, and say what was found.
 
-    python bench/fuzz.py [--seconds 600] [--seed 1] [--only NAME] [--keep FOLDER]
+    python bench/fuzz.py [--seconds 600] [--seed 1] [--only NAME] [--keep FOLDER] [--guided]
 
 Every decoder of tests/decoders.py gets the same share of the time, and starts from whole examples, to which it does
 what disks, networks and attackers do: bits flipped, numbers set to their limits, pieces cut out, doubled, exchanged
-with those of other examples, text that nests deep. What was accepted is damaged further. With atheris installed, its
-coverage guides the choice instead. A finding is an exception that is none of the decoder's typed errors, more than
-SECONDS_MOST for one input, or memory beyond MEMORY_MOST; its input is kept. Exit status 1 if there is one.
+with those of other examples, text that nests deep. What was accepted is damaged further. `--guided` has atheris (from
+PyPI, to be installed beforehand) choose by coverage instead, in a process for each decoder. A finding is an exception
+that is none of the decoder's typed errors, more than SECONDS_MOST for one input, or memory beyond MEMORY_MOST; its
+input is kept. Exit status 1 if there is one.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import argparse
 import random
 import resource
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
-from decoders import DECODERS, Decoder, world  # noqa: E402  # it is found by the path above
+if TYPE_CHECKING:
+    from decoders import Decoder
 
 SECONDS_MOST = 5
 MEMORY_MOST = 3 << 30
@@ -96,7 +101,7 @@ def fuzz(decoder: Decoder, seconds: float, rng: random.Random, keep: Path) -> tu
             where = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
             if where not in seen:
                 seen.add(where)
-                path = keep / f"{decoder.name.replace(' ', '-').replace('/', '-')}-{len(seen)}"
+                path = keep / f"{_file_name(decoder.name)}-{len(seen)}"
                 path.write_bytes(data)
                 findings.append(f"{decoder.name}: {where}: {str(error)[:150]!r} ({path})")
         finally:
@@ -106,15 +111,56 @@ def fuzz(decoder: Decoder, seconds: float, rng: random.Random, keep: Path) -> tu
     return count, accepted, slowest, findings
 
 
+def guided(name: str, seconds: float, keep: Path) -> None:
+    """Fuzz one decoder with libFuzzer, which ends the process: status 0 if nothing was found."""
+    import atheris
+
+    with atheris.instrument_imports(include=["base", "capture", "guest", "perdure", "store", "vm"]):
+        from decoders import DECODERS
+    decoder = DECODERS[name]
+    with tempfile.TemporaryDirectory() as corpus:
+        for at, seed in enumerate(decoder.seeds()):
+            Path(corpus, str(at)).write_bytes(seed)
+        limits = [f"-max_total_time={int(seconds)}", f"-timeout={SECONDS_MOST}", "-rss_limit_mb=3000"]
+        words = [*limits, "-max_len=70000", "-verbosity=0", f"-artifact_prefix={keep}/{_file_name(name)}-", corpus]
+        atheris.Setup([sys.argv[0], *words], lambda data: decoder.feed(bytes(data)))
+        atheris.Fuzz()
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "-").replace("'", "")
+
+
+def all_guided(names: list[str], options: argparse.Namespace) -> int:
+    """A process for each; gives how many found something."""
+    found = 0
+    for name in names:
+        words = ["--guided-child", name, "--seconds", str(options.seconds / len(names)), "--keep", str(options.keep)]
+        done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+        print(f"{name:26} {'nothing' if done.returncode == 0 else 'FOUND'}", flush=True)
+        if done.returncode:
+            found += 1
+            print(*(f"  {line}" for line in done.stderr.splitlines()[-25:]), sep="\n")
+    return found
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="Feed damaged input to every decoder.")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only")
+    parser.add_argument("--guided", action="store_true")
+    parser.add_argument("--guided-child", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"))
     options = parser.parse_args()
     options.keep.mkdir(parents=True, exist_ok=True)
+    if options.guided_child:
+        guided(options.guided_child, options.seconds, options.keep)
+    from decoders import DECODERS, world
+
+    if options.guided:
+        return min(1, all_guided([each for each in DECODERS if options.only in (None, each)], options))
     chosen = [each for each in DECODERS.values() if options.only in (None, each.name)]
     world()  # LMDB takes more address space than the limit leaves
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

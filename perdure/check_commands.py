@@ -15,7 +15,7 @@ from base.errors import IntegrityError, UsageError
 from base.units import format_size
 from perdure import key_commands, places
 from perdure.credentials import credential, from_credential
-from perdure.opening import lock_wait_s, opened, repository_path
+from perdure.opening import lock_wait_s, opened, repository_path, with_room
 from perdure.output import Output
 from store.key_files import read_key_files
 from store.repository import read_mark
@@ -85,6 +85,11 @@ def _check_text(report: Report) -> Iterator[str]:
 
 def repair_(options: Namespace) -> int:
     """`perdure repair`"""
+    return with_room(repository_path(options.repository), lambda: _repair(options))
+
+
+def _repair(options: Namespace) -> int:
+    from store.upkeep import reserve
     from store.upkeep.repair import Repair, RepairPlan, repair
 
     output = Output(options.json, options.quiet)
@@ -108,6 +113,7 @@ def repair_(options: Namespace) -> int:
             planned = Repair(repository, donor, progress=output.progress()).look()
         else:
             planned, result = repair(repository, donor, wait_s=wait_s, progress=output.progress())
+            reserve.make(path, repository.disk)
     output.result(_repair_document(files, index, planned, result), lambda: _repair_text(files, index, planned, result))
     undone = result is None and bool(index or not planned.empty)
     return 3 if planned.impossible or undone else 0

@@ -57,6 +57,12 @@ def _run(options: Namespace, output: Output, launcher: Launcher, path: Path) -> 
         say = _nothing if output.quiet else speaker.say
 
         def begin(runs: bool, progress: Progress) -> Generation | None:
+            damaged = repository.damaged()
+            if damaged:
+                say(
+                    f"packs/{damaged[0].pack_id} {damaged[0].problem}: captures read everything "
+                    "until `perdure repair` has run"
+                )
             return _to_restore(options, launcher, repository, say, runs, progress)
 
         async def supervise() -> Ended:

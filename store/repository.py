@@ -337,6 +337,11 @@ class Repository:
                 self._locked_out = True
         return GenerationWriter(self, vm, parent, bases or {})
 
+    def damaged(self) -> list[DamagedPack]:
+        """Packs that this host knows to be damaged or missing, and that were not repaired."""
+        with self.environment.read() as txn:
+            return self.catalog.damaged(txn)
+
     def unfit(self, parent: Generation | None) -> frozenset[str]:
         """Regions of a parent on which a new generation must not be built, since something of them is lost.
 

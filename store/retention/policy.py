@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from base.errors import ConflictError, IntegrityError
+from base.errors import ConflictError, IntegrityError, one_line
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -57,12 +57,14 @@ def decode_policy(data: bytes | memoryview, of: str, *, whole: bool = False) -> 
     try:
         policy = msgspec.json.decode(data, type=Policy)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        raise IntegrityError(f"policy for {of}", f"makes no sense: {error}") from error
+        raise IntegrityError(f"policy for {of}", f"makes no sense: {one_line(error)}") from error
     if whole:
         try:
             msgspec.json.decode(data, type=_KnownPolicy)
         except (ValueError, RecursionError) as error:
-            problem = f"the policy for {of} has rules that this Perdure does not know: upgrade Perdure ({error})"
+            problem = (
+                f"the policy for {of} has rules that this Perdure does not know: upgrade Perdure ({one_line(error)})"
+            )
             raise ConflictError(problem) from error
     return policy
 

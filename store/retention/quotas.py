@@ -2,7 +2,8 @@
 
 What counts is worked out from the history alone, so that every host comes to the same figure. A listed generation
 counts what was stored (packs added, compressed) since the listed one before it, since it may still need what
-forgotten ones between them stored; but at most the bytes in which it differs from the listed one before. So
+forgotten ones between them stored; but where there were such, at most the bytes in which it differs from the listed one
+before. So
 forgetting makes room at once, though prune gives back the disk's; and what other VMs have stored costs nothing.
 
 While all that a VM has ever stored is within its quota, admission is two look-ups. Only beyond that are page maps
@@ -107,7 +108,7 @@ class _Account:
         with repository.environment.read() as txn:
             found = repository.catalog.vm(txn, vm)
             self.listed = repository.catalog.generations(txn, vm)
-            vm_id = found[0] if found else b""
+            vm_id, self._highest = found or (b"", 0)
             self._sums = {each.id: repository.catalog.stored(txn, vm_id, each.number) for each in self.listed}
             self._total = repository.catalog.stored(txn, vm_id) if found else 0
         self._before = dict(zip([each.id for each in self.listed], [None, *self.listed], strict=False))
@@ -134,6 +135,8 @@ class _Account:
     def added(self, wanted: Wanted) -> int:
         """What a new generation would count, at most: its own page maps are not to be read yet."""
         since = self._total - (self._sums[self._last.id] if self._last else 0) + wanted.stored_bytes
+        if self._highest == (self._last.number if self._last else 0):
+            return since  # nothing was forgotten between them
         apart = [self._apart(each) for each in wanted.regions]
         return min(since, wanted.kept_bytes, *([] if None in apart else [sum(each or 0 for each in apart)]))
 
@@ -157,7 +160,7 @@ class _Account:
         if since == 0 or each.number == (before.number if before else 0) + 1:
             return since  # nothing was forgotten between them
         differs = _differing(self._repository, before, each)
-        return since if differs is None else min(since, differs)
+        return since if differs is None else min(since, each.region_bytes, differs)
 
 
 def _candidates(listed: Sequence[Generation], policy: Policy, wanted: Wanted) -> list[Generation]:

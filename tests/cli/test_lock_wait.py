@@ -1,6 +1,7 @@
 """--lock-wait: exit code 11 with who holds it, and readers that never wait."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from store_fixtures import image
@@ -28,3 +29,14 @@ def test_waiting_is_bounded_and_readers_do_not_wait(shell, index):
         assert "examining since" in shell.error("log", "--lock-wait", 0, code=11)
     assert "number of seconds" in shell.error("log", "--lock-wait", "soon", code=2)
     assert shell.json("import", "vm", "ram=a", "--lock-wait", 0)["generation"] == 2
+
+
+def test_imports_of_one_vm_at_once(shell):
+    shell.write("a", image(1, 5))
+    shell.write("b", image(2, 50))
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda name: shell.json("import", "vm", f"ram={name}"), "abab"))
+    assert sorted(each["generation"] for each in made) == [1, 2, 3, 4]
+    for name, each in zip("abab", made, strict=True):
+        found = shell("export", f"vm@{each['generation']}", "ram", "-").stdout
+        assert found == (shell.root / name).read_bytes()

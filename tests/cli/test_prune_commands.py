@@ -52,6 +52,8 @@ def test_prune_gives_back_and_says_what(pruned):
     whole(pruned)
     assert pruned.json("prune", "--max-unused", 0)["removed_packs"] == 0
     assert "0 B freed" in pruned("prune").stdout.decode()
+    pruned("key", "export-public", "public.pem")
+    assert pruned.json("check", "--public-key", "public.pem")["clean"]
 
 
 def test_what_is_waited_for_is_said_with_exit_code_11(pruned):

@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+from contextlib import suppress
 
 import numpy as np
 from store_fixtures import image
@@ -244,3 +246,28 @@ def test_small_files_with_a_flipped_bit_or_from_a_copy_are_made_again_what_they_
         {"object": "records/000000000002", "problem": "is missing", "how": "from the copy"}
     ]
     assert shell.json("check", "--read-data")["clean"]
+
+
+def test_repair_works_on_a_full_disk(bare):
+    """On a small file system of its own, by the room that was set aside."""
+    bare.repository.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72m", "tmpfs", bare.repository], check=True)
+    try:
+        bare.environment["PERDURE_REPOSITORY"] = str(bare.repository / "r")
+        bare("init")
+        bare.write("a", random.Random(1).randbytes(4 * FRAME))
+        bare("import", "vm", "ram=a")
+        path = max((bare.repository / "r" / "packs").iterdir(), key=size)
+        flip(path, 200)
+        junk = bare.repository / "junk"
+        with suppress(OSError), junk.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        done = bare.json("repair")
+        assert [each["action"] for each in done["packs"]] == ["replace"]
+        assert done["hurt"] == [{"generation": "vm@1", "regions": {"ram": FRAME}}]
+        assert bare.json("check", "--read-data")["clean"]
+        assert (bare.repository / "r" / "reserve").stat().st_size == 64 << 20
+    finally:
+        subprocess.run(["umount", bare.repository], check=True)

@@ -176,3 +176,24 @@ def test_refused_at_every_step(name):
             with Repository(where.path, opened(where), where.root / "elsewhere") as repository:
                 whole(repository)
                 assert check_repository(repository).findings == []
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "in an empty folder"])
+def test_a_repository_that_could_not_be_made_leaves_nothing(there):
+    """Neither half of one, nor a folder in which no other can be made."""
+    for at, how in cases("init"):
+        with prepared() as where:
+            path = where.root / "deeper" / "repository"
+            if there:
+                path.mkdir(parents=True)
+            disk = Refusing(at, how)
+            try:
+                OPERATIONS["init"](Run(where, disk))
+            except StorageError as error:
+                assert len(str(error).splitlines()) == 1
+                assert path.exists() == there or disk.refused == "mkdir"
+                assert not there or not list(path.iterdir()), (at, how, disk.refused)
+                disk.at = 0
+                OPERATIONS["init"](Run(where, disk))
+            with Repository(path, unlock(read_key_files(path), PASSPHRASE), where.root / "fresh") as repository:
+                assert repository.vms() == []

@@ -1,6 +1,7 @@
 """Prune: what it gives back, what it leaves alone, and for whom it waits."""
 
 import itertools
+import random
 from contextlib import nullcontext
 
 import pytest
@@ -16,6 +17,7 @@ from store.reader import GenerationReader
 from store.upkeep.check import check_repository
 from store.upkeep.prune import LOCK, Prune, prune
 from store.upkeep.prune_plan import PackUse, PruneSettings, Scatter, plan
+from store.upkeep.repair import repair
 
 SMALL = PackingSettings(pack_bytes=200_000)
 EVERYTHING = PruneSettings(max_unused_percent=0, scattered_least=1)
@@ -363,3 +365,29 @@ def test_every_prefix_of_a_prune_leaves_the_repository_whole():
                 assert names == {each.header.pack_id.hex() for each in known}
             check_all(where, {"vm@2": two})
     assert count > 8
+
+
+@pytest.mark.parametrize("kind", [layout.PACK_DATA, layout.PACK_NODES])
+def test_after_a_repair_there_is_pruning_again_and_what_was_lost_can_still_be_healed(kind):
+    with place(SMALL) as where:
+        one, two = image(70, 300), random.Random(71).randbytes(200 * 4096)  # which share nothing
+        with where.open() as repository:
+            first = add(repository, "vm", {"ram": one})
+            add(repository, "other", {"ram": two})
+            lost = next(each for each in first.packs if kind_of(repository, each) == kind)
+            repository.storage.delete(layout.pack_name(bytes.fromhex(lost)))
+        with where.open() as repository:
+            repair(repository)
+            _, result = prune(repository, EVERYTHING)
+            assert result.lost_chunks and not result.unreadable
+            assert content(repository, repository.resolve("other@1"), "ram") == two
+            again = add(repository, "again", {"ram": one})
+            prune(repository, EVERYTHING)
+            assert content(repository, again, "ram") == one
+            assert content(repository, repository.resolve("vm@1"), "ram") == one
+
+
+def kind_of(repository, pack_id: str) -> int:
+    with repository.environment.read() as txn:
+        number = repository.catalog.pack_number(txn, bytes.fromhex(pack_id))
+    return repository.catalog.pack(number).header.kind

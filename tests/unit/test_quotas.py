@@ -4,6 +4,8 @@ import threading
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from store_fixtures import add, content, image, place
 
 from base import extents as ranges
@@ -191,3 +193,37 @@ def test_what_is_protected_meanwhile_is_not_forgotten():
         with pytest.raises(ConflictError, match="unprotect"):
             one.forget(generation)
         assert numbers(one) == [1]
+
+
+STEP = st.tuples(st.sampled_from(["reboot", "checkpoint", "snapshot"]), st.integers(0, 45), st.integers(1, 20))
+
+
+@given(steps=st.lists(STEP, min_size=3, max_size=10), quota=st.integers(55, 120), last=st.integers(0, 2))
+@settings(max_examples=20, deadline=None)
+def test_what_holds_for_any_history(steps, quota, last):
+    """Within the quota after every commit; nothing of the operator's goes; every host counts the same."""
+    with place() as where, where.open() as repository:
+        repository.set_policy(None, Policy(last=last, quota=quota * PAGE))
+        data = bytearray(noise(0, 50))
+        contents = {1: bytes(data)}
+        kept = [add(repository, "vm", {"ram": bytes(data)}).number]
+        for seed, (cause, start, count) in enumerate(steps, 1):
+            before = bytes(data)
+            end = min(start + count, 50)
+            data[start * PAGE : end * PAGE] = noise(seed, end - start)
+            dirty = {"ram": ranges.normalise([(start * PAGE, end * PAGE)])}
+            try:
+                made = add(repository, "vm", {"ram": bytes(data)}, repository.latest("vm"), dirty, cause=cause)
+            except QuotaError:
+                data = bytearray(before)
+                continue
+            contents[made.number] = bytes(data)
+            kept += [made.number] if cause == "snapshot" else []
+            listed = numbers(repository)
+            assert set(kept) <= set(listed)
+            assert listed[-1] == made.number
+            assert used_bytes(repository, "vm") <= quota * PAGE
+        with where.elsewhere() as elsewhere:
+            assert used_bytes(elsewhere, "vm") == used_bytes(repository, "vm")
+            for each in elsewhere.generations("vm"):
+                assert content(elsewhere, each, "ram") == contents[each.number]
