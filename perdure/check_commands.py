@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def check(options: Namespace) -> int:
     """`perdure check`"""
-    from store.upkeep.check import Finding, Subset, check_repository
+    from store.upkeep.check import Finding, Report, Subset, check_repository
 
     if options.read_data and options.read_data_subset:
         raise UsageError("--read-data and --read-data-subset exclude each other")
