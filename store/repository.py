@@ -166,6 +166,8 @@ class Repository:
         """When it was unlocked, by the monotonic clock."""
         self.path, self.keys, self.pool = path, keys, pool
         self.leases = path / "leases"
+        self.differences: dict[tuple[str, str], int] = {}
+        """By ids of two generations, the bytes in which they differ: what store.quotas has found out."""
         self.disk = disk or Disk()
         self.storage = LocalStorage(path, self.disk)
         self.settings = PackingSettings()

@@ -175,7 +175,17 @@ def _candidates(listed: Sequence[Generation], policy: Policy, wanted: Wanted) ->
 
 
 def _differing(repository: Repository, a: Generation | None, b: Generation) -> int | None:
-    """Bytes of chunks in which two generations differ; None where that cannot be said."""
+    """Bytes of chunks in which two generations differ; None where that cannot be said. Compared once in a process."""
+    pair = "" if a is None else a.id, b.id
+    count = repository.differences.get(pair)
+    if count is None:
+        count = _compared(repository, a, b)
+        if count is not None:
+            repository.differences[pair] = count
+    return count
+
+
+def _compared(repository: Repository, a: Generation | None, b: Generation) -> int | None:
     count = 0
     try:
         for name in {**(a.regions if a else {}), **b.regions}:

@@ -10,6 +10,7 @@ from store_fixtures import add, content, image, place
 
 from base import extents as ranges
 from base.errors import ConflictError, IntegrityError, QuotaError
+from store.retention import quotas
 from store.retention.policy import Policy
 from store.retention.quotas import used_bytes
 
@@ -140,6 +141,26 @@ def test_a_guest_that_rewrites_the_same_pages_never_needs_more_room():
             assert numbers(repository)[-1] == seed
             assert used_bytes(repository, "vm") <= 75 * PAGE
         assert numbers(repository) == [1, 6, 7]
+
+
+def test_generations_are_compared_once(monkeypatch):
+    """A supervisor whose VM has long stored more than its quota does not pay for all of its history each time."""
+    with place() as where, where.open() as repository:
+        repository.set_policy("vm", Policy(last=3, quota=140 * PAGE))
+        data = bytearray(noise(1, 50))
+        compared = []
+        compare = quotas._compared
+        monkeypatch.setattr(quotas, "_compared", lambda *each: compared.append(1) or compare(*each))
+        for seed in range(2, 22):
+            data[: 10 * PAGE] = noise(seed, 10)
+            add(repository, "vm", {"ram": bytes(data)}, repository.latest("vm"), cause="checkpoint")
+            for each in repository.generations("vm")[1:-1:2]:
+                repository.forget(each)
+        assert 0 < len(compared) < 60
+        compared.clear()
+        for _ in range(5):
+            used_bytes(repository, "vm")
+        assert len(compared) <= 1
 
 
 def test_a_sparse_region_counts_what_is_in_it():
