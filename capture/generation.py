@@ -6,8 +6,9 @@ the last dirty pages are copied into private memory, and the guest goes on; hash
 follow. Without tracking, everything resident is stored while the guest runs and hashed once more while it is
 stopped. A held VM (at a reboot) does not change: its pages are read where they lie.
 
-A full generation has the state of the devices too, saved by QEMU in the same pause, into private memory; and main
-memory, which other generations leave out: each region is compared with the generation that its tracker is relative
+A full generation has the state of the devices too, saved by QEMU in the same pause, into private memory; the disks,
+whose instant QEMU keeps from then on, so that they are read while the guest writes on; and main memory, which other
+generations leave out: each region is compared with the generation that its tracker is relative
 to, its `base`, and that of main memory is the last full one.
 
 The journal says that bits are being cleared before they are: whatever interrupts a capture after that, the next
@@ -19,10 +20,11 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from base import extents as ranges
@@ -34,12 +36,16 @@ from capture.trackers import Tracker
 from store.records import Generation
 from store.repository import Repository
 from store.writer import GenerationWriter, RegionDraft
-from vm.config import DEVICES, RAM
+from vm.config import DEVICES, DISK_PREFIX, RAM
 
 _PRIVATE_COPY_MAX = 256 << 20
 """Bytes of last dirty pages that are copied; more are stored while the guest stands still, which bounds memory."""
 _DRAIN_ABOVE = 4 << 20
 """Dirty bytes above which a round of storing while the guest runs makes the pause shorter."""
+DISK_CHUNK = 64 << 10
+"""Unit of deduplication of disks, in bytes."""
+_DISK_WINDOW = 64 << 20
+"""Bytes of a disk that are read at a time: bounds memory."""
 _DRAIN_ROUNDS = 4
 """Rounds at most: a guest that writes faster than we store has its last dirty pages copied in the pause."""
 
@@ -61,21 +67,49 @@ class CapturedRegion:
     base: Generation | None = None
 
 
+class FrozenDisk(Protocol):
+    """A disk as it was at the instant; a context manager. `size` is in bytes."""
+
+    name: str
+    size: int
+
+    def data(self, start: int, end: int) -> Extents:
+        """What of [start, end) may be other than zero."""
+
+    def read_into(self, descriptor: int, extents: Extents) -> None:
+        """Copy ranges into a file, to the same offsets."""
+
+    def __enter__(self) -> FrozenDisk: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 class Execution(Protocol):
-    """Stops and continues the guest; both return when it is so. Three more are for the state of its devices."""
+    """Stops and continues the guest; both return when it is so. The others are for full generations."""
 
     def prepare(self) -> None:
-        """What `device_state` needs and can be done before `stop`."""
+        """What `device_state` and `freeze_disks` need and can be done before `stop`."""
 
     def stop(self) -> None: ...
 
     def device_state(self) -> int:
         """The stopped guest's, in a memory file without a name that the caller closes."""
 
+    def freeze_disks(self) -> None:
+        """Keep the instant of all disks; the guest is stopped, and its device state saved."""
+
     def cont(self) -> None: ...
 
     def take_back(self) -> None:
-        """Undo `prepare`; after `cont`."""
+        """Undo `prepare`, for the devices; after `cont`."""
+
+    def disks(self) -> Iterator[FrozenDisk]:
+        """The disks as they were, one after the other."""
+
+    def release_disks(self) -> None:
+        """Undo `prepare` and `freeze_disks`; whatever happened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +167,7 @@ def capture(
 ) -> Captured:
     """Make one generation. `execution` None: the guest is held and stays so. `parent`: the generation that this one
     follows, None if there is none. `full`: with all of the `regions`, which have main memory among them, and the state
-    of the devices; not of a held guest.
+    of the devices and disks; not of a held guest.
 
     Raises StorageError, IntegrityError, WorkerError, VirtualMachineError: nothing was committed, the guest runs on.
     """
@@ -143,6 +177,9 @@ def capture(
         parent = None  # forgotten meanwhile: nothing is known of what there is, so all of it is looked at
     with ExitStack() as stack:
         bases = {each.name: each.base for each in regions if each.base is not None and repository.has(each.base)}
+        if full and RAM in bases:
+            disks = (name for name in bases[RAM].regions if name.startswith(DISK_PREFIX))
+            bases |= dict.fromkeys(disks, bases[RAM])
         writer = stack.enter_context(repository.writer(vm, parent, bases))
         sources = []
         for region in regions:
@@ -157,8 +194,13 @@ def capture(
                 source.store(writer, progress)
             pause_ms = None
         else:
-            _store_while_running(sources, writer, progress)
-            pause_ms = _pause(sources, writer, execution, stack, full=full)
+            with ExitStack() as frozen:
+                if full:
+                    frozen.callback(execution.release_disks)
+                _store_while_running(sources, writer, progress)
+                pause_ms = _pause(sources, writer, execution, stack, full=full)
+                if full:
+                    _store_disks(writer, execution, progress)
         generation = writer.commit(
             cause, tags=tags, metadata={**(metadata or {}), "kept": _kept(regions)}, pause_ms=pause_ms
         )
@@ -248,6 +290,7 @@ def _pause(
             if full:
                 devices = execution.device_state()
                 stack.callback(os.close, devices)
+                execution.freeze_disks()
             for source in sources:
                 source.collect(running=False)
             for source in sources:
@@ -266,6 +309,22 @@ def _pause(
     if devices is not None:
         writer.replace(writer.region(DEVICES, DEVICES, os.fstat(devices).st_size), devices)
     return pause_ms
+
+
+def _store_disks(writer: GenerationWriter, execution: Execution, progress: Progress) -> None:
+    """All that each disk held at the instant; what is as in the last full generation costs reading and a hash."""
+    for disk in execution.disks():
+        with disk:
+            draft = writer.region(f"{DISK_PREFIX}{disk.name}", "disk", disk.size, chunk_size=DISK_CHUNK)
+            for start in range(0, disk.size, _DISK_WINDOW):
+                end = min(start + _DISK_WINDOW, disk.size)
+                window = os.memfd_create(f"perdure disk {disk.name}", os.MFD_CLOEXEC)
+                with ExitStack() as stack:
+                    stack.callback(os.close, window)
+                    os.ftruncate(window, end)
+                    disk.read_into(window, disk.data(start, end))
+                    writer.replace(draft, window, ranges.normalise([(start, end)]))
+                progress(draft.name, end, disk.size)
 
 
 def _private_copy(source: _Source) -> int:

@@ -36,7 +36,7 @@ from restore.eager import Restored, read_devices, restore_regions
 from restore.scrub import verify_scrubbed
 from store.records import Generation
 from store.repository import Repository
-from vm import accelerator, firmware, hold, migration
+from vm import accelerator, disks, firmware, hold, migration
 from vm import qemu as processes
 from vm.addresses import AddressMap
 from vm.command_line import Platform, command_line, devices_of
@@ -164,6 +164,7 @@ class Launcher:
             files = {name: BackingFile(name, self.folder.path, 0) for name in self.description.backing_sizes}
             argv = command_line(self.description, platform, self.folder, files)
             resuming.require_same_devices(resumed, devices_of(argv))
+            resuming.require_disks(repository, resumed, self.description)
         memory = Memory.prepare(
             self.description.name,
             self._free_folder(),
@@ -265,6 +266,7 @@ class Launcher:
         monitor = await Monitor.connect(qemu)
         try:
             await migration.clean_up(monitor)
+            await disks.release(monitor, self.folder, disks.captured(self.description))
             await hold.hold_on_reset(monitor)
             addresses = await monitor.address_map(int(self.description.memory))
             table = RegionTable.load(memory.folder / _TABLE, self.description.name, self._devices(addresses))
@@ -331,6 +333,7 @@ class Launcher:
         ]
         nodes = await monitor.execute("query-named-block-nodes", flat=True)
         networks = await monitor.human("info network")
+        captured = disks.captured(self.description)
         followed = [name for name in prepared.memory.files if name != RAM or prepared.devices or name in (bases or {})]
         files = {name: prepared.memory.files[name].path for name in followed}
         restored = prepared.parent if launched else None
@@ -364,7 +367,7 @@ class Launcher:
             bases=bases or {},
             restored=prepared.restored.generation.number if prepared.restored else None,
             resumed=prepared.devices is not None,
-            full_problems=await migration.obstacles(monitor),
+            full_problems=await migration.obstacles(monitor, [disks.node_of(name) for name in captured]),
             warnings=prepared.warnings,
             accelerator_reason=prepared.accelerator_reason,
             measurements=self.measurements,

@@ -21,7 +21,7 @@ from capture.tracking import Tracking
 from perdure.resuming import recorded
 from restore.scrub import scrub
 from store.records import Generation
-from vm import hold, migration
+from vm import disks, hold, migration
 from vm.channel import GuestChannel, GuestHandler
 from vm.command_line import Platform, devices_of
 from vm.config import RAM, Description
@@ -172,7 +172,7 @@ class Machine:
 
     async def require_full(self) -> None:
         """Raises ConflictError if there can be no full generation of this VM now."""
-        self.full_problems = await migration.obstacles(self.monitor)
+        self.full_problems = await migration.obstacles(self.monitor, [disks.node_of(name) for name in self.disks])
         if self.full_problems:
             raise ConflictError(
                 f"VM {self.description.name} cannot be captured in full: {'; '.join(self.full_problems)}"
@@ -233,6 +233,11 @@ class Machine:
         if await self.held():
             raise VirtualMachineError(f"VM {self.description.name}: the guest has stopped itself: try again")
         return await migration.save(self.monitor)
+
+    @property
+    def disks(self) -> list[str]:
+        """Names of the disks that full generations have."""
+        return disks.captured(self.description)
 
     async def quit(self) -> None:
         """End QEMU and give back its memory."""

@@ -65,9 +65,11 @@ def _run(options: Namespace, output: Output, launcher: Launcher, path: Path) -> 
                 )
             return _to_restore(options, launcher, repository, say, runs, progress)
 
+        boot = True if options.boot else False if options.point else None
+
         async def supervise() -> Ended:
             supervisor = Supervisor(launcher, repository, say, speaker.progress)
-            return await supervisor.run(begin, boot=options.boot)
+            return await supervisor.run(begin, boot=boot)
 
         return asyncio.run(supervise())
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,15 +22,16 @@ from base.errors import ConflictError, IntegrityError, PerdureError, VirtualMach
 from base.progress import Progress
 from base.units import format_size
 from capture.generation import Captured, Execution, capture
-from perdure import documents
+from perdure import documents, resuming
 from perdure.control import serve
 from perdure.launcher import Launcher
 from perdure.machine import Machine
 from perdure.requests import Requests
 from store.records import Generation
 from store.repository import Repository
-from vm import migration
+from vm import disks, migration
 from vm.hold import Cause, Hold
+from vm.nbd import Export
 from vm.qemu import Qemu
 
 _TIDY_SECONDS = 0.2
@@ -87,9 +88,9 @@ class Supervisor:
             raise ConflictError(f"VM {self.vm} is {self.state}: try again in a moment")
         return self._machine
 
-    async def run(self, begin: Begin, *, boot: bool = False) -> Ended:
-        """Supervise until the VM ends or this process is told to leave it. `boot`: a launch from a full generation is
-        not to resume it.
+    async def run(self, begin: Begin, *, boot: bool | None = None) -> Ended:
+        """Supervise until the VM ends or this process is told to leave it. `boot`: whether a launch from a full
+        generation is not to resume it; None: as its disks have gone on since, if it has some.
 
         Raises LockedError if the VM has a supervisor; nothing of it is touched before that is known.
         """
@@ -165,6 +166,8 @@ class Supervisor:
         async with self._operation:
             machine = self.machine
             generation = await self.in_store(lambda: self._own(point))
+            if generation.full and not boot:
+                resuming.require_no_disks(generation)
             prepared = await self.in_store(
                 lambda: self.launcher.prepare(self.repository, generation, progress, machine.memory, boot=boot)
             )
@@ -199,7 +202,7 @@ class Supervisor:
         await machine.stop()
         return await self._capture(machine, "before rollback", None)
 
-    async def _start(self, begin: Begin, boot: bool) -> None:
+    async def _start(self, begin: Begin, boot: bool | None) -> None:
         qemu = self.launcher.find()
         if qemu is not None and not await self.launcher.began(qemu):
             unborn, qemu = qemu, None
@@ -211,7 +214,11 @@ class Supervisor:
         else:
             await self._launch(generation, boot)
 
-    async def _launch(self, generation: Generation | None, boot: bool) -> None:
+    async def _launch(self, generation: Generation | None, boot: bool | None) -> None:
+        if boot is None:
+            boot = generation is not None and generation.full and bool(resuming.disks_of(generation))
+            if generation is not None and boot:
+                self.say(f"{generation.name} is full and has disks: the VM boots; --from {generation.name} goes back")
         try:
             prepared = await self.in_store(
                 lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving, boot=boot)
@@ -440,13 +447,30 @@ class _Execution:
         self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
 
     def prepare(self) -> None:
-        self._wait(migration.prepare(self._machine.monitor))
+        machine = self._machine
+        self._wait(disks.prepare(machine.monitor, machine.qemu.folder, machine.disks))
+        self._wait(migration.prepare(machine.monitor))
+        disks.sync(machine.description)
 
     def stop(self) -> None:
         self._wait(self._machine.stop())
 
     def device_state(self) -> int:
         return self._wait(self._machine.device_state())
+
+    def freeze_disks(self) -> None:
+        self._wait(disks.freeze(self._machine.monitor, self._machine.qemu.folder, self._machine.disks))
+
+    def disks(self) -> Iterator[Export]:
+        machine = self._machine
+        if machine.disks:
+            self._wait(disks.export(machine.monitor, machine.qemu.folder, machine.disks))
+        for name in machine.disks:
+            yield Export(machine.qemu.folder.disks, name)
+
+    def release_disks(self) -> None:
+        with suppress(VirtualMachineError):  # a next capture, or supervisor, will
+            self._wait(disks.release(self._machine.monitor, self._machine.qemu.folder, self._machine.disks))
 
     def cont(self) -> None:
         if not self._leave_stopped:

@@ -19,10 +19,10 @@ from base.progress import Progress, silent
 from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
-from vm.config import DEVICES, RAM
+from vm.config import DEVICES
 
-NOT_KEPT = (RAM, DEVICES)
-"""Regions of full generations that a VM which boots does without."""
+NOT_KEPT = ("ram", "device", "disk")
+"""Kinds of regions of full generations that a VM which boots does without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,23 @@ def read_devices(repository: Repository, generation: Generation) -> bytes:
     """
     with GenerationReader(repository, generation) as reader:
         return b"".join(reader.stream(reader.region(DEVICES)))
+
+
+def verify_disk(repository: Repository, generation: Generation, name: str, path: Path) -> None:
+    """Prove that a raw image holds what a generation has of a disk; nobody may write it meanwhile.
+
+    Raises IntegrityError where it differs, ConflictError where it has another size, NotFoundError, StorageError.
+    """
+    with GenerationReader(repository, generation) as reader:
+        region = reader.region(name)
+        descriptor = _open(path, os.O_RDONLY)
+        try:
+            size = os.lseek(descriptor, 0, os.SEEK_END)
+            if size != region.root.length:
+                raise ConflictError(f"{path} has {size} bytes, and {name} of {generation.name} {region.root.length}")
+            reader.verify(region, descriptor, str(path))
+        finally:
+            os.close(descriptor)
 
 
 def restore_regions(
@@ -75,7 +92,9 @@ def restore_regions(
 
 def _require_same_regions(generation: Generation, files: Mapping[str, Path]) -> None:
     """A region that the VM has and the generation lacks is new and starts empty; the other way memory would be lost."""
-    regions = {name: region for name, region in generation.regions.items() if name in files or name not in NOT_KEPT}
+    regions = {
+        name: region for name, region in generation.regions.items() if name in files or region.kind not in NOT_KEPT
+    }
     extra = [name for name in regions if name not in files]
     if extra:
         raise ConflictError(
@@ -90,8 +109,8 @@ def _require_same_regions(generation: Generation, files: Mapping[str, Path]) -> 
             )
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, access: int = os.O_RDWR) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, access | os.O_CLOEXEC)
     except OSError as error:
         raise StorageError.from_os(error, str(path), "open") from error

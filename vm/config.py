@@ -31,6 +31,8 @@ RAM = "ram"
 """Name of main memory where a region is named; no region of a file can have it."""
 DEVICES = "device"
 """Name of the state of the devices where a region is named; no region of a file can have it."""
+DISK_PREFIX = "disk:"
+"""What stands before a disk's name where a region is named; no region of a file can have it."""
 CPUS_MAX = 255
 """With more, x86 needs an interrupt remapping device."""
 

@@ -23,7 +23,7 @@ class RuntimeFolder:
 
     def check(self) -> None:
         """Raises UsageError if sockets in the folder would have too long names."""
-        longest = max(len(str(socket).encode()) for socket in (self.monitor, self.agent, self.control))
+        longest = max(len(str(socket).encode()) for socket in (self.monitor, self.agent, self.control, self.disks))
         if longest > SOCKET_PATH_BYTES_MAX:
             raise UsageError(
                 f"VM {self.vm}: a socket in {self.path} would have a path of {longest} bytes, and no more than "
@@ -53,6 +53,11 @@ class RuntimeFolder:
     def control(self) -> Path:
         """The supervisor listens here for the other commands."""
         return self.path / "control.sock"
+
+    @property
+    def disks(self) -> Path:
+        """QEMU listens here while disks are captured."""
+        return self.path / "disks.sock"
 
     @property
     def process(self) -> Path:

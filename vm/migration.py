@@ -39,19 +39,20 @@ _PIPE_BYTES = 1 << 20  # what any user may ask for, see pipe(7)
 _ENDED = ("completed", "failed", "cancelled")
 
 
-async def obstacles(monitor: Monitor) -> tuple[str, ...]:
+async def obstacles(monitor: Monitor, disks: Collection[str]) -> tuple[str, ...]:
     """Why this VM's device state cannot be saved, or not with all that belongs to that instant; empty if it can.
 
-    Raises VirtualMachineError.
+    `disks` are the block nodes that are captured with it. Raises VirtualMachineError.
     """
+    known = (VARIABLES_NODE, *disks)
     found = await monitor.execute("query-migrate")
     problems = [" ".join(str(each).split()).rstrip(".") for each in found.get("blocked-reasons", ())]
     for each in await monitor.execute("query-block"):
         inserted = each.get("inserted")
-        if inserted is not None and not inserted.get("ro") and inserted.get("node-name") != VARIABLES_NODE:
+        if inserted is not None and not inserted.get("ro") and inserted.get("node-name") not in known:
             name = str(each.get("qdev") or each.get("device") or inserted.get("node-name"))
             name = name.removesuffix("/virtio-backend").rpartition("/")[2]
-            problems.append(f"disk {name} is writable, and disks are not captured yet")
+            problems.append(f"disk {name} is writable, and only disks under [[disk]] are captured")
     return tuple(problems)
 
 

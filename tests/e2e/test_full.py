@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,9 +81,9 @@ def export(vm: Supervised, number: int, region: str) -> bytes:
     return found
 
 
-def boot_or_resume(vm: Supervised) -> None:
+def boot_or_resume(vm: Supervised, *words: str) -> None:
     """`perdure run` until the guest answers; nothing is sent to it."""
-    vm.boot()
+    vm.boot(*words)
 
 
 def different_pages(a: Any, b: Any) -> list[int]:
@@ -273,20 +274,130 @@ def test_a_full_generation_can_be_gone_on_from_or_booted_after_power_loss(vm: Su
     boot_or_resume(vm)
 
 
+DISK_BLOCKS = 64
+ON_DISK = f"""
+buffer = mmap.mmap(-1, 65536)
+block = memoryview(buffer).cast("Q")
+disks = [os.open(path, os.O_RDWR | os.O_DIRECT | os.O_DSYNC) for path in ("/dev/vda", "/dev/vdb")]
+disk_steps, disk_torn = [0], []
+
+def write_disks():
+    step = disk_steps[0] + 1
+    at = step * 5 % {DISK_BLOCKS} * 65536
+    for disk in disks:
+        os.preadv(disk, [buffer], at)
+        if block[0] != max(0, step - {DISK_BLOCKS}) or block[8191] != block[0]:
+            disk_torn.append([step, block[0], block[8191]])
+        block[0] = block[8191] = step
+        os.pwritev(disk, [buffer], at)
+    disk_steps[0] = step
+
+work(write_disks)
+"""
+"""A walk over two disks, past every cache, like the one over memory."""
+
+
+def disk_walked(vm: Supervised) -> int:
+    """Steps so far; on neither disk was there anything that is not of the instant."""
+    steps, torn = vm.guest.run("[disk_steps[0], disk_torn[:3]]")
+    assert torn == []
+    return int(steps)
+
+
+def writes_on(vm: Supervised) -> None:
+    """The guest writes every block of its disks once more, and so has read all of them."""
+    began = disk_walked(vm)
+    vm.until(lambda: disk_walked(vm) > began + DISK_BLOCKS, "the guest writes on")
+
+
+def image(*words: object) -> None:
+    subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True)
+
+
+def no_nodes_are_left(vm: Supervised) -> None:
+    nodes = [each["node-name"] for each in vm.judge.execute("query-named-block-nodes", flat=True)]
+    assert sorted(nodes) == ["disk-one", "disk-two", "file-one", "file-two"]
+    assert not list(vm.runtime.glob("perdure-*"))
+    nothing_is_left(vm)
+
+
+def judged_with_disks(vm: Supervised) -> Any:
+    """A full generation with both disks as they were when the judge had stopped the guest, which then writes on."""
+    vm.judge.execute("stop")
+    for name, kind in (("one", "raw"), ("two", "qcow2")):
+        image("convert", "-U", "-f", kind, "-O", "raw", vm.folder / name, vm.folder / f"{name}.judge")
+    made = full(vm)
+    for name in ("one", "two"):
+        vm.perdure("export", f"{NAME}@{made['generation']}", f"disk:{name}", vm.folder / f"{name}.out", "--force")
+        image("compare", "-f", "raw", "-F", "raw", vm.folder / f"{name}.judge", vm.folder / f"{name}.out")
+    writes_on(vm)
+    return made
+
+
+def test_disks_are_captured_at_the_same_instant_and_gone_back_to(guest_image: Image) -> None:
+    """Raw and qcow2, while the guest writes on; the one with the host's cache, the other without."""
+    settings = """
+[[disk]]
+name = "one"
+file = "one"
+[[disk]]
+name = "two"
+file = "two"
+format = "qcow2"
+cache = "none"
+"""
+    with contextlib.closing(Supervised(guest_image, settings=settings)) as vm:
+        image("create", "-f", "raw", vm.folder / "one", "16M")
+        image("create", "-f", "qcow2", vm.folder / "two", "24M")
+        boot(vm)
+        assert vm.status()["full"] == "possible"
+        vm.guest.run(ORDINARY + ON_DISK)
+        writes_on(vm)
+        judged_with_disks(vm)
+        no_nodes_are_left(vm)
+        with vm.beside("snapshot", NAME, "--full"):
+            nodes = lambda: [each["node-name"] for each in vm.judge.execute("query-named-block-nodes", flat=True)]  # noqa: E731  a condition
+            vm.until(lambda: "perdure-filter-1" in nodes(), "the instant is kept")
+            vm.run.kill()
+        boot(vm)
+        writes_on(vm)
+        no_nodes_are_left(vm)
+        made = judged_with_disks(vm)
+        point, booted, steps = f"{NAME}@{made['generation']}", vm.guest.boot_id, disk_walked(vm)
+        assert "those of a running VM are not changed" in vm.refused("rollback", point)
+        vm.perdure("stop", NAME)
+        assert vm.run.ended() == 0
+        run = vm.start("--from", point)
+        assert run.ended() == 1
+        assert f"is not as in {point}" in run.text
+        assert f"perdure export {point} disk:one FILE" in run.text
+        description = (vm.folder / "VM.toml").read_text()
+        changed = description.replace('"one"\n[[', '"one.out"\n[[').replace('"two"\nformat = "qcow2"', '"two.out"')
+        (vm.folder / "VM.toml").write_text(changed)
+        boot_or_resume(vm, "--from", point)
+        assert vm.guest.boot_id == booted
+        assert disk_walked(vm) < steps
+        writes_on(vm)
+        goes_on(vm)
+        full(vm)
+        vm.perdure("stop", NAME)
+        assert vm.run.ended() == 0
+        boot(vm)  # disks have gone on since
+        assert "is full and has disks: the VM boots" in vm.run.text
+        assert vm.guest.boot_id != booted
+        assert not vm.log()[-1]["full"]
+
+
 def test_what_cannot_be_captured_in_full_is_named_and_refused(guest_image: Image, tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(MIB))
-    settings = f"""
-[[disk]]
-name = "root"
-file = "{disk}"
-"""
     more = ("-drive", "if=none,id=bare,driver=null-co,read-only=on", "-device", "nvme,serial=1,drive=bare")
-    with contextlib.closing(Supervised(guest_image, settings=settings, extra=more)) as vm:
+    more += ("-drive", f"if=none,id=extra,format=raw,file={disk}", "-device", "virtio-blk-pci,drive=extra,id=more")
+    with contextlib.closing(Supervised(guest_image, extra=more)) as vm:
         vm.boot()
         told = vm.status()["full"]
         assert "nvme" in told
-        assert "disk drive-root is writable" in told
+        assert "disk more is writable, and only disks under [[disk]] are captured" in told
         assert "cannot be captured in full" in vm.run.text
         assert told.removeprefix("not possible: ") in vm.refused("snapshot", NAME, "--full")
         assert vm.perdure("snapshot", NAME)["generation"] == 1

@@ -29,6 +29,31 @@ PAGES = {"ram": 96, "pm0": 48}
 KEPT = ranges.normalise([(0, 4 * PAGE), (16 * PAGE, 24 * PAGE)])
 
 
+EVERYTHING = ["prepare", "stop", "device_state", "freeze_disks", "cont", "take_back"]
+
+
+class MemoryDisk:
+    """What QEMU shows of a disk's instant."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self.name, self.size, self._data = name, len(data), data
+
+    def data(self, start: int, end: int) -> Extents:
+        """Only where there is something."""
+        pages = [at for at in range(start // PAGE * PAGE, end, PAGE) if any(self._data[at : at + PAGE])]
+        return ranges.normalise([(max(at, start), min(at + PAGE, end)) for at in pages])
+
+    def read_into(self, descriptor: int, extents: Extents) -> None:
+        for start, end in extents.tolist():
+            os.pwrite(descriptor, self._data[start:end], start)
+
+    def __enter__(self) -> MemoryDisk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to do."""
+
+
 class NotingTracker:
     """Knows what was written, as the kernel does."""
 
@@ -77,6 +102,7 @@ class Guest:
         self.told: list[str] = []
         self.fails_at: str | None = None
         self.devices = b""
+        self.disk = b""
         for name, path in self.files.items():
             path.touch()
             os.truncate(path, PAGES[name] * PAGE)
@@ -139,8 +165,21 @@ class Guest:
         self.stopped_with = {name: path.read_bytes() for name, path in self.files.items()}
         self.write(2)
 
+    def freeze_disks(self) -> None:
+        self._told("freeze_disks")
+        size = self.random.choice([300, 301]) * 1000  # it was resized
+        pieces = [self.random.choice([bytes(PAGE), b"a" * PAGE, self.random.randbytes(PAGE)]) for _ in range(80)]
+        self.disk = b"".join(pieces)[:size]
+
     def take_back(self) -> None:
         self._told("take_back")
+
+    def disks(self) -> Iterator[MemoryDisk]:
+        self._told("disks")
+        yield MemoryDisk("root", self.disk)
+
+    def release_disks(self) -> None:
+        self._told("release_disks")
 
     def _told(self, what: str) -> None:
         self.told.append(what)
@@ -160,12 +199,13 @@ def judge(repository: Repository, guest: Guest, done: Captured, *, full: bool) -
     assert made.full is full
     assert guest.journal.baseline("pm0") == made.id
     if full:
-        assert guest.told == ["prepare", "stop", "device_state", "cont", "take_back"]
-        assert list(made.regions) == ["ram", "pm0", "device"]
+        assert guest.told == [*EVERYTHING, "disks", "release_disks"]
+        assert list(made.regions) == ["ram", "pm0", "device", "disk:root"]
+        assert content(repository, made, "disk:root") == guest.disk
         assert content(repository, made, "device") == guest.devices
         for name, there in guest.stopped_with.items():
             assert content(repository, made, name) == there
-        assert made.region_bytes == sum(PAGES.values()) * PAGE + len(guest.devices)
+        assert made.region_bytes == sum(PAGES.values()) * PAGE + len(guest.devices) + len(guest.disk)
         assert guest.journal.baseline("ram") == made.id
     else:
         assert guest.told == ["stop", "cont"]
@@ -192,7 +232,9 @@ def test_generations_of_both_sorts_in_any_order(where: Place, tmp_path: Path, se
                 if repository.has(forgotten):
                     repository.forget(forgotten)
             elif what == "fail":
-                fail(repository, guest, guest.random.choice(["prepare", "stop", "device_state"]))
+                fail(
+                    repository, guest, guest.random.choice(["prepare", "stop", "device_state", "freeze_disks", "disks"])
+                )
             else:
                 full = what == "full"
                 judge(repository, guest, guest.capture(repository, full=full), full=full)
@@ -209,9 +251,11 @@ def fail(repository: Repository, guest: Guest, at: str) -> None:
     assert (
         guest.told
         == {
-            "prepare": ["prepare"],
-            "stop": ["prepare", "stop", "take_back"],
-            "device_state": ["prepare", "stop", "device_state", "cont", "take_back"],
+            "prepare": ["prepare", "release_disks"],
+            "stop": ["prepare", "stop", "take_back", "release_disks"],
+            "device_state": ["prepare", "stop", "device_state", "cont", "take_back", "release_disks"],
+            "freeze_disks": ["prepare", "stop", "device_state", "freeze_disks", "cont", "take_back", "release_disks"],
+            "disks": [*EVERYTHING, "disks", "release_disks"],
         }[at]
     )
 

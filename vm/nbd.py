@@ -1,0 +1,193 @@
+"""Reading a disk that QEMU exports over NBD on a Unix socket: its size, where it holds data, its content.
+
+A client of one export, read-only, for one thread at a time; one request is under way at any moment. What a server
+sends is checked against what was asked: QEMU is trusted, but an answer that is cut short must not become zeros.
+
+Source: the NBD protocol, doc/proto.md of the NetworkBlockDevice project: fixed newstyle negotiation, structured
+replies, meta context base:allocation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from base import extents as ranges
+from base.errors import VirtualMachineError
+from base.extents import Extents
+
+_SECONDS = 60
+"""For any single answer: a disk may be slow, and a guest busy."""
+_READ_BYTES_MAX = 4 << 20
+_STATUS_BYTES_MAX = 1 << 30
+
+_GREETING = struct.Struct(">8s8sH")
+_OPTION = struct.Struct(">8sII")
+_OPTION_REPLY = struct.Struct(">QIII")
+_REQUEST = struct.Struct(">IHHQQI")
+_CHUNK = struct.Struct(">IHHQI")
+_EXPORT_INFO = struct.Struct(">HQH")
+_MAGIC, _OPTION_MAGIC, _REPLY_MAGIC = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
+_REQUEST_MAGIC, _CHUNK_MAGIC = 0x25609513, 0x668E33EF
+_FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
+_OPT_GO, _OPT_STRUCTURED_REPLY, _OPT_SET_META_CONTEXT = 7, 8, 10
+_REP_ACK, _REP_INFO, _REP_META_CONTEXT, _REP_ERROR = 1, 3, 4, 1 << 31
+_READ, _DISCONNECT, _BLOCK_STATUS = 0, 2, 7
+_DONE = 1
+_CHUNK_NONE, _CHUNK_DATA, _CHUNK_HOLE, _CHUNK_STATUS, _CHUNK_ERROR = 0, 1, 2, 5, 1 << 15
+_STATUS_ZERO = 2
+_ALLOCATION = b"base:allocation"
+
+
+class Export:
+    """A connection to one export; a context manager. Attributes: `name`, `size` (bytes)."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Raises VirtualMachineError if there is no such export, or it does not do what is needed."""
+        self.name = name
+        self._cookie = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(_SECONDS)
+            with self._errors():
+                self._socket.connect(str(path))
+                self.size = self._negotiate()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Export:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISCONNECT, 0, 0, 0))
+        self._socket.close()
+
+    def data(self, start: int, end: int) -> Extents:
+        """What of [start, end) may be other than zero, in bytes. Raises VirtualMachineError."""
+        rows: list[tuple[int, int]] = []
+        with self._errors():
+            while start < end:
+                asked = min(end - start, _STATUS_BYTES_MAX)
+                at = start
+                for length, flags in self._status(start, asked):
+                    if not flags & _STATUS_ZERO:
+                        rows.append((at, min(at + length, end)))
+                    at += length
+                if at <= start:
+                    raise self._broken("it says nothing of where its data is")
+                start = at
+        return ranges.normalise(rows)
+
+    def read_into(self, descriptor: int, extents: Extents) -> None:
+        """Copy ranges into a file, to the same offsets. Raises VirtualMachineError, OSError of the file."""
+        for start, end in extents.tolist():
+            for at in range(start, end, _READ_BYTES_MAX):
+                with self._errors():
+                    data = self._read(at, min(_READ_BYTES_MAX, end - at))
+                view = memoryview(data)
+                while view:
+                    written = os.pwrite(descriptor, view, at)
+                    view, at = view[written:], at + written
+
+    def _negotiate(self) -> int:
+        magic, options, flags = _GREETING.unpack(self._receive(_GREETING.size))
+        if (magic, options) != (_MAGIC, _OPTION_MAGIC) or not flags & _FIXED_NEWSTYLE:
+            raise self._broken("what answers is no NBD server of this century")
+        self._socket.sendall(struct.pack(">I", _FIXED_NEWSTYLE | _NO_ZEROES))
+        list(self._option(_OPT_STRUCTURED_REPLY, b""))
+        name = self.name.encode()
+        named = struct.pack(">I", len(name)) + name
+        wanted = named + struct.pack(">II", 1, len(_ALLOCATION)) + _ALLOCATION
+        contexts = [data for kind, data in self._option(_OPT_SET_META_CONTEXT, wanted) if kind == _REP_META_CONTEXT]
+        if len(contexts) != 1 or contexts[0][4:] != _ALLOCATION:
+            raise self._broken("it does not tell where its data is")
+        told = [data for kind, data in self._option(_OPT_GO, named + struct.pack(">H", 0)) if kind == _REP_INFO]
+        sizes = [int(_EXPORT_INFO.unpack(data)[1]) for data in told if data[:2] == b"\0\0"]
+        if len(sizes) != 1:
+            raise self._broken("it does not tell its size")
+        return sizes[0]
+
+    def _option(self, option: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """The replies to an option before its acknowledgement, as (type, data)."""
+        self._socket.sendall(_OPTION.pack(_OPTION_MAGIC, option, len(data)) + data)
+        while True:
+            magic, answered, kind, length = _OPTION_REPLY.unpack(self._receive(_OPTION_REPLY.size))
+            content = self._receive(length)
+            if magic != _REPLY_MAGIC or answered != option:
+                raise self._broken("its answer to an option makes no sense")
+            if kind & _REP_ERROR:
+                raise self._broken(content.decode(errors="replace") or f"it refuses option {option}")
+            if kind == _REP_ACK:
+                return
+            yield kind, content
+
+    def _status(self, start: int, length: int) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for kind, content in self._request(_BLOCK_STATUS, start, length):
+            if kind == _CHUNK_STATUS:
+                found += struct.iter_unpack(">II", content[4:])
+        return found
+
+    def _read(self, start: int, length: int) -> bytearray:
+        data, received = bytearray(length), 0
+        for kind, content in self._request(_READ, start, length):
+            if kind == _CHUNK_DATA:
+                at = struct.unpack_from(">Q", content)[0] - start
+                piece = memoryview(content)[8:]
+            elif kind == _CHUNK_HOLE:
+                offset, count = struct.unpack(">QI", content)
+                at, piece = offset - start, memoryview(bytes(count))
+            else:
+                continue
+            if not 0 <= at <= length - len(piece):
+                raise self._broken("it sends what was not asked for")
+            data[at : at + len(piece)] = piece
+            received += len(piece)
+        if received != length:
+            raise self._broken(f"{received} of {length} bytes at {start} were sent")
+        return data
+
+    def _request(self, command: int, start: int, length: int) -> Iterator[tuple[int, bytes]]:
+        """The chunks of the answer, as (type, content)."""
+        self._cookie += 1
+        self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._cookie, start, length))
+        done = False
+        while not done:
+            magic, flags, kind, cookie, size = _CHUNK.unpack(self._receive(_CHUNK.size))
+            content = self._receive(size)
+            if magic != _CHUNK_MAGIC or cookie != self._cookie:
+                raise self._broken("its answer to a request makes no sense")
+            if kind & _CHUNK_ERROR:
+                code = struct.unpack_from(">I", content)[0]
+                raise self._broken(f"{length} bytes at {start} cannot be read: {os.strerror(code)}")
+            done = bool(flags & _DONE)
+            yield kind, content
+
+    def _receive(self, count: int) -> bytes:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            got = self._socket.recv_into(view)
+            if not got:
+                raise self._broken("the connection ended")
+            view = view[got:]
+        return bytes(data)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._broken(error.strerror or str(error) or "no answer in time") from error
+
+    def _broken(self, problem: str) -> VirtualMachineError:
+        return VirtualMachineError(f"NBD export {self.name}: {problem}")
