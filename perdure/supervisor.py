@@ -466,7 +466,7 @@ class _Execution:
         if machine.disks:
             self._wait(disks.export(machine.monitor, machine.qemu.folder, machine.disks))
         for name in machine.disks:
-            yield Export(machine.qemu.folder.disks, name)
+            yield Export(self._machine.description.name, machine.qemu.folder.disks, name)
 
     def release_disks(self) -> None:
         with suppress(VirtualMachineError):  # a next capture, or supervisor, will

@@ -45,11 +45,11 @@ _ALLOCATION = b"base:allocation"
 
 
 class Export:
-    """A connection to one export; a context manager. Attributes: `name`, `size` (bytes)."""
+    """A connection to one export; a context manager. Attributes: `vm`, `name`, `size` (bytes)."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Raises VirtualMachineError if there is no such export, or it does not do what is needed."""
-        self.name = name
+    def __init__(self, vm: str, path: Path, name: str) -> None:
+        """`vm` is for messages. Raises VirtualMachineError if there is no such export, or it lacks what is needed."""
+        self.vm, self.name = vm, name
         self._cookie = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -168,7 +168,10 @@ class Export:
                 raise self._broken("its answer to a request makes no sense")
             if kind & _CHUNK_ERROR:
                 code = struct.unpack_from(">I", content)[0]
-                raise self._broken(f"{length} bytes at {start} cannot be read: {os.strerror(code)}")
+                raise self._broken(
+                    f"{length} bytes at {start} cannot be read as they were ({os.strerror(code)}): is there room in "
+                    "the runtime folder for what the guest overwrites?"
+                )
             done = bool(flags & _DONE)
             yield kind, content
 
@@ -190,4 +193,4 @@ class Export:
             raise self._broken(error.strerror or str(error) or "no answer in time") from error
 
     def _broken(self, problem: str) -> VirtualMachineError:
-        return VirtualMachineError(f"NBD export {self.name}: {problem}")
+        return VirtualMachineError(f"VM {self.vm}: disk {self.name}: {problem}")

@@ -1,0 +1,131 @@
+"""Disks at one instant on real QEMU, without a supervisor: the NBD client against QEMU's own tools, and no room."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MIB, Place
+from guest_fixtures import load
+
+from base.errors import VirtualMachineError
+from base.extents import total
+from vm import disks
+from vm.config import Disk
+from vm.monitor import Monitor
+from vm.nbd import Export
+
+pytestmark = pytest.mark.qemu
+
+client = load(Path(__file__).resolve().parents[1] / "guest" / "client.py")
+SECONDS = 120
+SIZE = 200 * MIB + 512
+"""Neither a multiple of a page nor of what is read at once."""
+WRITER = """
+import os, threading
+disk, steps = os.open("/dev/vda", os.O_RDWR | os.O_DSYNC), [0]
+def write():
+    while True:
+        steps[0] += 1
+        os.pwrite(disk, os.urandom(65536), steps[0] * 7 % 100 * 65536)
+threading.Thread(target=write, daemon=True).start()
+"""
+
+
+@pytest.fixture
+def image(short_folder: Path) -> Path:
+    """A raw image with data at its beginning, its end, and between."""
+    path, data = short_folder / "raw", random.Random(1)
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+        for at, size in ((0, 3 * MIB), (5 * MIB + 4096, 5 * MIB), (SIZE - 8704, 8704)):
+            file.seek(at)
+            file.write(data.randbytes(size))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_an_export_is_read_as_it_is(image: Path, short_folder: Path, kind: str) -> None:
+    path, address, copy = short_folder / f"disk.{kind}", short_folder / "nbd.sock", short_folder / "copy"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, image, path], check=True)
+    words = ["qemu-nbd", "-r", "-t", "-x", "disk", "-f", kind, "-k", str(address), "--fork", "--pid-file", "pid"]
+    subprocess.run([*words, str(path)], check=True, cwd=short_folder)
+    try:
+        with Export("demo", address, "disk") as export, copy.open("wb") as file:
+            assert export.size == SIZE
+            file.truncate(SIZE)
+            there = export.data(0, SIZE)
+            assert 8 * MIB < total(there) < 16 * MIB
+            export.read_into(file.fileno(), there)
+        assert copy.read_bytes() == image.read_bytes()
+        with pytest.raises(VirtualMachineError, match=r"VM demo: disk other: .*not present"):
+            Export("demo", address, "other")
+    finally:
+        subprocess.run(["kill", (short_folder / "pid").read_text().strip()], check=True)
+
+
+@pytest.fixture
+def little_room(short_folder: Path) -> Iterator[Path]:
+    """A file in a file system with half a megabyte."""
+    folder = short_folder / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=True)
+    yield folder / "file"
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_no_room_for_what_the_guest_overwrites_breaks_the_instant_and_not_its_writes(
+    place: Place, little_room: Path
+) -> None:
+    file = place.root / "disk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", file, "16M"], check=True)
+    port = '{"driver":"virtserialport","chardev":"test","name":"org.perdure.test.0"}'
+    described = place.describe(
+        kernel=place.image.kernel,
+        initrd=place.image.initrd,
+        append="console=ttyS0 quiet panic=-1 no_timer_check",
+        disks=(Disk("one", file),),
+        extra=("-chardev", f"socket,id=test,path={place.root}/test.sock,server=on,wait=off", "-device", port),
+    )
+    asyncio.run(run_out_of_room(place, described, little_room))
+
+
+async def run_out_of_room(place: Place, described: Any, little_room: Path) -> None:
+    names, folder = disks.captured(described), place.folder
+    async with await Monitor.connect(place.launch(described)) as monitor:
+        await monitor.cont()
+        with client.GuestShell(place.root / "test.sock") as guest:
+            await asyncio.to_thread(guest.wait_ready, SECONDS)
+            await asyncio.to_thread(guest.run, WRITER)
+            await disks.prepare(monitor, folder, names)
+            [old] = folder.path.glob("perdure-old-*")
+            with little_room.open("wb") as small:
+                small.truncate(old.stat().st_size)
+            old.unlink()
+            old.symlink_to(little_room)
+            await monitor.stop()
+            await disks.freeze(monitor, folder, names)
+            await monitor.cont()
+            await disks.export(monitor, folder, names)
+            began = await asyncio.to_thread(guest.run, "steps[0]")
+            while await asyncio.to_thread(guest.run, "steps[0]") < began + 100:  # every write of it succeeds
+                assert await monitor.query_status() == "running"
+            with pytest.raises(VirtualMachineError, match=r"disk one: .*is there room"):
+                await asyncio.to_thread(read_all, folder.disks, place.root / "copy")
+            assert await disks.release(monitor, folder, names)
+            assert not await disks.release(monitor, folder, names)
+            nodes = await monitor.execute("query-named-block-nodes", flat=True)
+            assert sorted(each["node-name"] for each in nodes) == ["disk-one", "file-one"]
+            began = await asyncio.to_thread(guest.run, "steps[0]")
+            while await asyncio.to_thread(guest.run, "steps[0]") == began:
+                assert await monitor.query_status() == "running"
+
+
+def read_all(address: Path, copy: Path) -> None:
+    with Export("demo", address, "one") as export, copy.open("wb") as file:
+        export.read_into(file.fileno(), export.data(0, export.size))
