@@ -29,7 +29,9 @@ class PruneSettings:
     max_rewrite_bytes: int | None = 16 << 30
     """None: no limit. Bytes of packs as they are stored. At 80 MB/s (two cores) this takes 3.5 minutes."""
     scattered_ratio: float = 1.15
-    """Restoring the newest generation of a VM may cost so many times what it would from packs of its own."""
+    """Restoring the newest generation of a VM may cost so many times what it would from packs of its own..."""
+    scattered_aim: float = 1.05
+    """... and is brought down to so many times when it costs more, so that a while passes until it does again."""
     scattered_least: int = 1 << 13
     """Below this many chunks opened in vain, that is not worth anything: some 10 ms of a restore."""
     many_small: int = 256
@@ -165,8 +167,10 @@ def _choose_scattered(kept: list[PackUse], scatters: list[Scatter], settings: Pr
             (by_number[number] for number in wasteful),
             key=lambda each: (not each.doomed, -wasteful[each.number] / max(1, each.used_bytes), each.number),
         )
+        if waste <= (settings.scattered_ratio - 1) * needed:
+            continue
         for each in dearest_first:
-            if waste < settings.scattered_least or waste <= (settings.scattered_ratio - 1) * needed:
+            if waste < settings.scattered_least or waste <= (settings.scattered_aim - 1) * needed:
                 break
             if chosen.take(each, SCATTERED):
                 waste -= wasteful[each.number]

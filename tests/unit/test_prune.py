@@ -330,10 +330,10 @@ def test_the_plan_takes_the_most_unused_first_and_stops_where_it_may():
 def test_the_plan_gathers_what_is_scattered_and_merges_what_is_small():
     uses = [use(number) for number in range(1, 5)]
     scatter = Scatter("vm", {1: (100, 100), 2: (100, 10), 3: (100, 60), 4: (10, 10)})
-    eager = PruneSettings(scattered_least=1, scattered_ratio=1.25)
+    eager = PruneSettings(scattered_least=1, scattered_ratio=1.25, scattered_aim=1.25)
     made = plan(uses, [scatter], eager, 100)
     assert made.scattered == {"vm": round(310 / 180, 3)} and chosen(made) == [2]
-    assert chosen(plan(uses, [scatter], PruneSettings(scattered_least=1, scattered_ratio=1.0), 100)) == [2, 3]
+    assert chosen(plan(uses, [scatter], PruneSettings(scattered_least=1, scattered_aim=1.0), 100)) == [2, 3]
     assert chosen(plan(uses, [scatter], PruneSettings(scattered_least=131), 100)) == []
     assert chosen(plan(uses, [], PruneSettings(many_small=3), 800)) == [1, 2, 3, 4]
     assert chosen(plan(uses, [], PruneSettings(many_small=4), 800)) == []
