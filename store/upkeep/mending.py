@@ -8,6 +8,7 @@ their own signature. Works without an index, before the repository is opened. Be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from store.records import decode_record
 from store.storage import LocalStorage, ObjectMissingError, Storage
 
 FROM_COPY, ONE_BIT, KNOWN = "from the copy", "one flipped bit", "its content is known"
+_RECORD = re.compile(r"records/[0-9]{12}")
 _TRIED = 1 << 15
 """Bytes of files in which every bit is tried: some two seconds."""
 _TRIED_SIGNED = 1 << 12
@@ -98,11 +100,16 @@ class Mending:
 
     def _records(self) -> Iterator[Mend]:
         """From the newest to the first, so that each is proven by the one behind it."""
-        names = [each for each in self._storage.list("records") if each.rpartition("/")[2].isdigit()]
-        last = max((int(each.rpartition("/")[2]) for each in names), default=0)
+        known = {self._seen[0]} - {0}  # nothing can be done about numbers of which nobody has a record
+        for storage in (self._storage, self._copy):
+            if storage is not None:
+                known |= {int(each[-12:]) for each in storage.list("records") if _RECORD.fullmatch(each)} - {0}
         wanted: bytes | None = None
-        mends = []
-        for sequence in range(max(last, self._seen[0]), 0, -1):
+        mends, behind = [], 0
+        for done, sequence in enumerate(sorted(known, reverse=True), 1):
+            if sequence != behind - 1:
+                wanted = None
+            behind = sequence
             if wanted is None and sequence == self._seen[0]:
                 wanted = bytes.fromhex(self._seen[1])
             name = layout.record_name(sequence)
@@ -110,7 +117,7 @@ class Mending:
             mends += list(self._mended(name, data, self._right(sequence, wanted), _TRIED if wanted else _TRIED_SIGNED))
             mended = self._found
             wanted = None if mended is None else layout.decode_record(mended, name)[0].previous
-            self._progress("checking records", last - sequence + 1, last)
+            self._progress("checking records", done, len(known))
         yield from reversed(mends)
 
     def _right(self, sequence: int, wanted: bytes | None) -> Right:

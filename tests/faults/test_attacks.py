@@ -368,6 +368,30 @@ def test_an_attack_is_found_and_contained(victim, attack):
         assert said or (who == FRESH and attack in FOUND_BY_WHO_HAS_SEEN), who
 
 
+def exported(victim: Victim, state: Path) -> set[int]:
+    """Numbers of generations that are given out, each as it was."""
+    found = set()
+    for number, content in CONTENTS.items():
+        target = victim.root / f"out-{next(victim.count)}"
+        if victim.perdure(state, "export", f"vm@{number}", "ram", target)[0] == 0:
+            assert target.read_bytes() == content
+            found.add(number)
+    return found
+
+
+@pytest.mark.parametrize("attack", FOUND_BY_ALL, ids=lambda each: each.__name__)
+def test_prune_and_repair_make_nothing_worse(victim, attack):
+    attack(victim)
+    states = victim.states()
+    for state in (states[AUTHOR], *([states[FRESH]] if attack in FOUND_BY_ALL[:6] else [])):  # these are on packs
+        before = exported(victim, state)
+        for words in (("prune", "--max-unused", "0"), ("repair",)):
+            code, _, err = victim.perdure(state, *words)
+            assert code in CODES | {11}
+            assert len(err.splitlines()) <= 1 or words[0] == "repair", err
+            assert exported(victim, state) >= before, words
+
+
 @pytest.mark.parametrize(
     "folder", ["packs", "records", "keys", "keyring", "leases", "."], ids=lambda each: each.replace(".", "root")
 )
