@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     from store.keys import Keys
     from store.repository import Repository
     from store.slots import Credential
-    from store.upkeep.check import Hurt, Report
     from store.upkeep.donor import Donor
+    from store.upkeep.findings import Hurt, Report
     from store.upkeep.mending import Mend
     from store.upkeep.repair import RepairPlan, RepairResult
 
 
 def check(options: Namespace) -> int:
     """`perdure check`"""
-    from store.upkeep.check import Finding, Report, Subset, check_repository
+    from store.upkeep.check import Subset, check_repository
+    from store.upkeep.findings import Finding, Report
 
     if options.read_data and options.read_data_subset:
         raise UsageError("--read-data and --read-data-subset exclude each other")

@@ -30,7 +30,7 @@ from store.keychain import left_over, recognise
 from store.keys import Keys, signer_of
 from store.records import replaced_keys, unknown_epoch
 from store.storage import Storage
-from store.upkeep.check import Finding
+from store.upkeep.findings import Finding
 
 NOT_VERIFIED = (
     "content of packs and page maps, and whether packs are there at all",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from base.errors import FormatVersionError, IntegrityError, NotFoundError, UsageError
@@ -29,6 +29,7 @@ from store.salvage import Examined, Problem, examine
 from store.slots import list_slots
 from store.storage import ObjectMissingError
 from store.upkeep.comparison import Comparison, misplaced
+from store.upkeep.findings import Finding, Hurt, Report
 from store.upkeep.survey import MAX_CAUSES, Lost, Survey, Verdict, bits
 
 if TYPE_CHECKING:
@@ -37,44 +38,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from store.repository import Repository
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong. `kind`: repository, keyring, slot, record, pack, frame, node, chunk or index; `offset`
-    in bytes of `object`, None if it is about all of it; `generations` (vm@n) and `regions` that cannot be restored
-    because of it."""
-
-    kind: str
-    object: str
-    offset: int | None
-    problem: str
-    generations: tuple[str, ...]
-    regions: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Hurt:
-    """A generation that has lost something: bytes by region, at most: below a lost node nobody knows what there was."""
-
-    name: str
-    vm_id: str
-    number: int
-    regions: dict[str, int]
-
-
-@dataclass(slots=True)
-class Report:
-    """Result of a check; clean if there are no findings. `hurt`: what generations have lost that are marked as hurt
-    already, and that nobody has offered again; a repair has told of it once, so it is no finding."""
-
-    hurt: list[Hurt] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("generations", "packs", "chunks", "bytes", "read_packs", "read_bytes"), 0
-        )
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ from store import leases
 from store.packs import open_frame
 from store.records import HurtGeneration, UncertainCommitError
 from store.salvage import examine
-from store.upkeep.check import EVERYTHING, Checkup, Finding, Hurt, PackDamage
+from store.upkeep.check import EVERYTHING, Checkup, PackDamage
+from store.upkeep.findings import Finding, Hurt
 from store.upkeep.prune import LOCK
 from store.upkeep.repacking import Repacking
 
