@@ -2,7 +2,7 @@
 
 A slot is a place for one chunk in a frame of a pack, of data or of a page-map node. `Slots` numbers the slots of all
 packs; `Marks` holds a bit for each, and marks what is below a root: every node and chunk at one place where it is, each
-looked at once. Memory: 5 bytes a frame and a bit a slot (46 MiB for 100 million chunks in frames of 16), and a few
+looked at once. Memory: 4 bytes a frame and a bit a slot (36 MiB for 100 million chunks in frames of 16), and a few
 batches of ids for each level of a page map, never a set of ids. Belongs to one thread.
 """
 
