@@ -132,7 +132,7 @@ class Donor:
 
     def _by_content(self, wanted: Ids, threads: ThreadPoolExecutor) -> Iterator[tuple[Ids, Ids]]:
         """All data of another repository, hashed under our id key; of equal chunks the first."""
-        left = wanted.copy().view(_ID).reshape(-1)
+        names, taken = wanted.view(_ID).reshape(-1), np.zeros(len(wanted), np.bool_)
         other, key = self._other, self._repository.keys.id_key("chunk")
         with other.environment.read() as txn:
             numbers = other.catalog.pack_numbers(txn)
@@ -140,7 +140,7 @@ class Donor:
             entry = other.catalog.pack(number)
             header, edges, name = entry.header, entry.offsets.tolist(), layout.pack_name(entry.header.pack_id)
             self._progress("looking in the other repository", at + 1, len(numbers))
-            if header.kind != layout.PACK_DATA or not len(left):
+            if header.kind != layout.PACK_DATA or taken.all():
                 continue
             sealer = other.keys.sealer(header.kind, header.pack_id, header.epoch, header.salt)
 
@@ -155,9 +155,10 @@ class Donor:
 
             for found in threads.map(hashed, range(len(edges) - 1)):
                 if found is not None:
-                    names = found[0].view(_ID).reshape(-1)
-                    _, first = np.unique(names, return_index=True)
-                    take = first[np.isin(names[first], left)]
-                    if len(take):
-                        left = np.setdiff1d(left, names[take], assume_unique=True)
-                        yield found[0][take], found[1][take]
+                    _, first = np.unique(found[0].view(_ID).reshape(-1), return_index=True)
+                    offered = found[0][first].view(_ID).reshape(-1)
+                    places = np.minimum(np.searchsorted(names, offered), len(names) - 1)
+                    take = (names[places] == offered) & ~taken[places]
+                    taken[places[take]] = True
+                    if take.any():
+                        yield found[0][first[take]], found[1][first[take]]
