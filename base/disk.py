@@ -125,6 +125,8 @@ def replace_file(disk: Disk, path: Path, content: bytes, *, lasting: bool = True
     try:
         try:
             disk.write(descriptor, [content], temporary)
+            if os.pread(descriptor, len(content) + 1, 0) != content:
+                raise StorageError(str(path), "what is in the file is not what was written: faulty memory or disk")
             disk.fsync(descriptor, temporary)
         finally:
             os.close(descriptor)

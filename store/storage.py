@@ -137,7 +137,10 @@ class LocalStorage:
     def put_back(self, name: str, pieces: Iterable[bytes]) -> None:
         with _Pending(self, name) as pending:
             for piece in pieces:
+                at = pending.size
                 pending.write([piece])
+                if pending.read_back(at, len(piece)) != piece:
+                    raise IntegrityError(name, WRITTEN_WRONG)
             pending.replace()
         with self._lock:
             descriptor = self._files.pop(name, -1)
