@@ -1,14 +1,26 @@
 """forget, protect and unprotect from the command line."""
 
+import shlex
+import shutil
+
 import pytest
+from perdure_shell import ROOT, Shell
 from store_fixtures import image
 
 
-@pytest.fixture(autouse=True)
-def four_generations(shell):
-    shell.write("a", image(1, 5))
+@pytest.fixture(scope="module")
+def four_generations(tmp_path_factory):
+    made = Shell(tmp_path_factory.mktemp("four"))
+    made("init")
+    made.write("a", image(1, 5))
     for tag in ("one", "two", "three", "four"):
-        shell("import", "vm", "ram=a", "--tag", tag)
+        made("import", "vm", "ram=a", "--tag", tag)
+    return made.root
+
+
+@pytest.fixture
+def shell(four_generations, tmp_path):
+    return Shell(shutil.copytree(four_generations, tmp_path / "copy"))
 
 
 def numbers(shell) -> list[int]:
@@ -87,6 +99,18 @@ def test_a_quota_refuses_an_import_by_name(shell):
     assert "keep" in shell.error("forget", "vm", code=2)  # a quota says nothing of what to keep
     shell("policy", "set", "vm", "--quota", "4MiB")
     assert shell.json("import", "vm", "ram=a")["forgotten"] == []
+
+
+def test_the_commands_of_the_readme(shell):
+    for _ in range(3):
+        shell("import", "demo", "ram=a")
+    chapter = (ROOT / "README.md").read_text().split("\n## Retention\n")[1].split("\n## ")[0]
+    lines = [shlex.split(line, comments=True) for line in chapter.split("```sh\n")[1].split("```")[0].splitlines()]
+    assert len(lines) >= 8
+    for perdure, *words in lines:
+        assert perdure == "perdure"
+        shell(*words)
+    assert [each["protected"] for each in shell.json("log", "demo")["generations"]] == [False, True, False]
 
 
 def test_mistakes(shell):
