@@ -24,12 +24,13 @@ from base.workers import WorkerPool, usable_cores
 from bench import images
 from bench.footprint import peak_mib
 from store.chunker import PackingSettings
+from store.creation import create
 from store.format_keys import Argon2Parameters
 from store.key_files import read_key_files
 from store.lanes import serve_chunker
 from store.reader import GenerationReader
 from store.records import Generation
-from store.repository import Repository, create
+from store.repository import Repository
 from store.slots import new_keyring, unlock
 from store.upkeep.prune import prune
 from store.upkeep.prune_plan import PruneSettings

@@ -18,8 +18,9 @@ from base import extents as ranges
 from base.allocation import keep_freed_memory
 from bench import images
 from store.chunker import PackingSettings
+from store.creation import create
 from store.reader import GenerationReader
-from store.repository import Repository, create
+from store.repository import Repository
 from store.slots import KeyFile, new_keyring
 
 _FRAMES_KIB = (16, 64, 128, 256)

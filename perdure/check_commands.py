@@ -17,8 +17,8 @@ from perdure import key_commands, places
 from perdure.credentials import credential, from_credential
 from perdure.opening import lock_wait_s, opened, repository_path, with_room
 from perdure.output import Output
+from store.creation import read_mark
 from store.key_files import read_key_files
-from store.repository import read_mark
 from store.slots import newest, unlock
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from perdure.credentials import credential, new_credential
 from perdure.opening import lock_wait_s, opened, repository_path
 from perdure.output import Output, moment, table
 from perdure.prune_commands import rewrite, rewrite_text
+from store.creation import read_mark
 from store.format_keys import Argon2Parameters, SlotKind
 from store.history import History
 from store.key_files import read_key_files
 from store.keychain import Keychain, left_over, recognise
-from store.repository import read_mark
 from store.slots import Credential, NewSlot, SlotInfo, list_slots, newest
 
 if TYPE_CHECKING:

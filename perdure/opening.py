@@ -17,11 +17,12 @@ from base.progress import Progress, silent
 from base.workers import WorkerPool, usable_cores
 from perdure import places, unlocking
 from perdure.credentials import credential, stands_somewhere
+from store.creation import read_mark
 from store.index.environment import LOCK_WAIT_S
 from store.key_files import read_key_files
 from store.keys import Keys
 from store.lanes import serve_chunker
-from store.repository import Repository, read_mark
+from store.repository import Repository
 from store.slots import Credential, unlock
 from store.upkeep import reserve
 

@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def init(options: Namespace) -> None:
     """`perdure init`"""
-    from store.repository import create
+    from store.creation import create
     from store.slots import new_keyring
     from store.upkeep import reserve
 

@@ -1,6 +1,6 @@
 """Records: the signed, hash-chained history of a repository, one file a record, numbered without gaps.
 
-Pure encoding and decoding; store.catalog replays them, store.repository publishes them. Bodies are JSON, sealed;
+Pure encoding and decoding; store.catalog replays them, store.ledger publishes them. Bodies are JSON, sealed;
 headers are clear, so that the chain can be audited with the public key alone.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -288,6 +289,11 @@ def generation_of(
         protected=protected,
         hurt=hurt or {},
     )
+
+
+def now() -> str:
+    """The time as records have it: RFC 3339 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def replaced_keys(found: int, epoch: int) -> str:

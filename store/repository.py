@@ -1,27 +1,17 @@
-"""A repository: opening, history, and the commit.
+"""A repository: opening it, what is in it, and who may use what.
 
-The order of a commit: packs visible and durable; LMDB write transaction; what other processes committed is
-replayed and the packs that deduplication relied on are looked up again; the record is published under the next
-sequence with put-if-absent, its folder synced: this is the commit; then LMDB commits. An LMDB failure after the
-publish is still a success: every process replays records that it has not seen. After a crash anywhere, opening
-gives exactly the generations whose record exists. One per process and path; belongs to one thread at a time.
+An open repository is a ledger (store.ledger) with what reads and writes chunks around it. One per process and path;
+belongs to one thread at a time.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import lmdb
-import numpy as np
-from numpy.typing import NDArray
 
 from base import extents as ranges
 from base.disk import Disk
@@ -32,113 +22,37 @@ from base.errors import (
     LockedError,
     NotFoundError,
     PerdureError,
-    RepositoryMissingError,
     StorageError,
     UsageError,
-    WrongPassphraseError,
 )
 from base.extents import Extents
 from base.progress import Progress, silent
 from base.workers import WorkerPool
 from store import format as layout
 from store import leases, pagemap
-from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
+from store.catalog import DamagedPack
 from store.chunker import PackingSettings
-from store.format_keys import keyring_name
-from store.history import History
-from store.index.chunks import Index
-from store.index.environment import LOCK_WAIT_S, Environment, IndexLostError
-from store.key_files import read_key_files
+from store.creation import read_mark
+from store.index.environment import LOCK_WAIT_S
 from store.keys import Keys
 from store.lanes import WorkerLanes
 from store.leases import Lease
+from store.ledger import Ledger
 from store.nodes import StoredNodes
-from store.packs import FrameReader, PackInfo, read_pack
+from store.packs import FrameReader, read_pack
 from store.records import (
-    AttributesBody,
-    Body,
-    DoomBody,
     Generation,
-    GenerationBody,
     GenesisBody,
-    HurtBody,
-    HurtGeneration,
-    PolicyBody,
-    Record,
-    RegionBody,
-    SwapBody,
-    TombstoneBody,
-    UncertainCommitError,
     decode_record,
-    encode_record,
-    epoch_of,
-    generation_of,
-    unknown_epoch,
 )
-from store.replay import Replay
-from store.retention.policy import Policy, encode_policy
-from store.retention.quotas import Admission, OvertakenError, Standing
-from store.slots import require_descent
-from store.storage import LocalStorage, ObjectMissingError
-from store.writer import GenerationWriter, RegionDraft
+from store.retention.policy import Policy
+from store.writer import GenerationWriter
 
-
-def create(
-    path: Path, files: dict[str, bytes], keys: Keys, settings: PackingSettings, disk: Disk | None = None
-) -> None:
-    """Make a repository in a folder that does not exist or is empty. `files` are its key slot and keyring.
-
-    It is complete before its mark `config` is published: what is left by a crash before that is no repository.
-    Raises ConflictError (something is there), StorageError.
-    """
-    if (path / "config").exists():
-        raise ConflictError(f"{path} is a repository already")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConflictError(f"{path} is not an empty folder: choose another place for the repository")
-    made = not path.exists()
-    storage = LocalStorage(path, disk)
-    try:
-        for folder in reversed([each for each in (path, *path.parents) if not each.exists()]):
-            storage.disk.mkdir(folder)
-            storage.disk.fsync_directory(folder.parent)
-        storage.make_folders()
-        for name, data in files.items():
-            storage.put(name, data)
-        genesis = GenesisBody(
-            time=_now(), level=settings.level, frame_bytes=settings.frame_bytes, pack_bytes=settings.pack_bytes
-        )
-        record = encode_record(keys, layout.RECORD_GENESIS, 1, layout.ZERO_ID, genesis)
-        storage.put(layout.record_name(1), record)
-        storage.put("config", layout.encode_config(keys.repository_id))
-    except BaseException:
-        _remove_made(path, keep=not made)
-        raise
-
-
-def read_mark(path: Path) -> bytes:
-    """The repository id. Raises RepositoryMissingError, IntegrityError, FormatVersionError."""
-    storage = LocalStorage(path)
-    try:
-        data = storage.get_range("config", 0, layout.CONFIG.size + 1)
-    except ObjectMissingError:
-        raise RepositoryMissingError(f"no repository at {path}: make one with `perdure -r {path} init`") from None
-    finally:
-        storage.close()
-    return layout.decode_config(data, str(path / "config"))
-
-
-_RECORD = re.compile(r"records/[0-9]{12}")
 _TIDY_SECONDS = 0.2
 """Merging of the index when a repository is closed."""
-_PURPOSES = {layout.RECORD_GENERATION: "committing a generation", layout.RECORD_TOMBSTONE: "forgetting a generation"}
-_INDEXING = "indexing records"
-_GLANCE_S = 0.01
-"""As long as it may take somebody to write down what he has taken a lock for."""
-_REPLAY_AT_ONCE = 1 << 18
-"""Entries of the index replayed in one LMDB transaction (11 MiB): an interrupted indexing goes on from there."""
 
 
-class Repository:
+class Repository(Ledger):
     """An open repository, unlocked with `keys`; a context manager.
 
     `state` is this host's private folder for it (index and remembered history). `pool` (made with
@@ -164,31 +78,23 @@ class Repository:
             raise IntegrityError(str(path / "config"), "belongs to another repository than the keys beside it")
         self.since = time.monotonic()
         """When it was unlocked, by the monotonic clock."""
-        self.path, self.keys, self.pool = path, keys, pool
+        self.pool = pool
         self.leases = path / "leases"
-        self.differences: dict[tuple[str, str], int] = {}
-        """By ids of two generations, the bytes in which they differ: what store.quotas has found out."""
-        self.disk = disk or Disk()
-        self.storage = LocalStorage(path, self.disk)
         self.settings = PackingSettings()
-        self._history = History(state / "history.json", self.storage.settle, self.disk)
-        self._unlock, self._locked_out = unlock, False
-        keys = self.keys = self._newest_keys()
-        with ExitStack() as undo:
-            undo.callback(self.storage.close)
-            self.environment = self._open_environment(state, lock_wait_s)
-            undo.callback(self.environment.close)
-            self.index = Index(self.environment, keys.index_mac_key)
-            self.catalog = Catalog(self.environment, self.index)
-            self.frames = FrameReader(self.storage, keys, self.catalog)
-            self._replay = Replay(self.storage, self.catalog, self._history, self._keys_for)
+        self.differences: dict[tuple[str, str], int] = {}
+        """By ids of two generations, the bytes in which they differ: what store.retention.quotas has found out."""
+        super().__init__(path, keys, state, disk=disk, unlock=unlock, lock_wait_s=lock_wait_s)
+        try:
+            self.frames = FrameReader(self.storage, self.keys, self.catalog)
             self.nodes = StoredNodes(self.environment, self.index, self.frames, self)
             self._read_settings()
             self.refresh(progress, wait=False)
             self._look_again_at_damaged()
             self._require_no_gap()
             self._history.check(self._remembered_hash)
-            self._undo = undo.pop_all()
+        except BaseException:
+            self._undo.close()
+            raise
 
     def __enter__(self) -> Repository:
         return self
@@ -201,41 +107,6 @@ class Repository:
         with suppress(PerdureError):  # it only makes later look-ups faster
             self.tidy(_TIDY_SECONDS)
         self._undo.close()
-
-    @property
-    def sequence(self) -> int:
-        """Sequence of the newest record seen."""
-        with self.environment.read() as txn:
-            return self.catalog.last(txn)[0]
-
-    def refresh(self, progress: Progress = silent, *, wait: bool = True) -> None:
-        """Replay what other processes have committed. Raises IntegrityError when history was changed or went back.
-
-        Without `wait`, what another process of this host commits just now may be missed, as if this had been called
-        before; but not what it is only indexing, since that may be everything. Raises LockedError after that wait.
-        """
-        with self.environment.read() as txn:
-            sequence, last = self.catalog.last(txn)
-        if sequence:
-            data = self._record_bytes(sequence)
-            if layout.record_id(data) != last:
-                raise IntegrityError(
-                    layout.record_name(sequence), "is not the record that this host has seen: history was changed"
-                )
-            self._require_epoch_of(data, sequence)  # another process of this host may have replayed it
-        wait = wait or not sequence
-        while self.storage.exists(layout.record_name(sequence + 1)):
-            try:
-                with self.environment.write(_INDEXING, None if wait else _GLANCE_S) as txn:
-                    sequence = self._replay.forward(txn, progress, _REPLAY_AT_ONCE)
-            except LockedError as error:
-                if wait:
-                    raise
-                if error.purpose not in (_INDEXING, None):
-                    break
-                wait = True
-        self.storage.close_deleted()
-        self._remember()
 
     def vms(self) -> list[str]:
         """Names of all VMs that have generations."""
@@ -367,75 +238,6 @@ class Repository:
         """Merge runs of the index for at most so long; for when there is nothing more urgent."""
         self.index.merge(seconds)
 
-    def forget(self, generation: Generation) -> None:
-        """Append a tombstone; the generation's number is never used again. Raises StorageError.
-
-        Raises ConflictError if it is protected by now, whoever did that.
-        """
-        body = TombstoneBody(time=_now(), host=socket.gethostname())
-
-        def named(txn: lmdb.Transaction) -> _Append:
-            vm_id, number = _named(generation)
-            if self.catalog.is_protected(txn, vm_id, number):
-                name = generation.name
-                raise ConflictError(f"{name} is protected: `perdure unprotect {name}` first")
-            return body, vm_id, number, layout.ZERO_ID
-
-        self._commit(layout.RECORD_TOMBSTONE, named, [])
-
-    def protect(self, generation: Generation, *, protected: bool) -> None:
-        """Keep a generation whatever a policy says, or no longer. Raises StorageError."""
-        body = AttributesBody(time=_now(), host=socket.gethostname(), protected=protected)
-        self._commit(layout.RECORD_ATTRIBUTES, lambda _: (body, *_named(generation), layout.ZERO_ID), [])
-
-    def mark_hurt(self, generations: Sequence[HurtGeneration]) -> int:
-        """Append the record that these generations, and no others, have lost something; gives its sequence.
-
-        Raises StorageError.
-        """
-        body = HurtBody(time=_now(), host=socket.gethostname(), generations=tuple(generations))
-        return self._commit(layout.RECORD_HURT, lambda _: (body, bytes(16), 0, layout.ZERO_ID), []).header.sequence
-
-    def doom(self, packs: Sequence[bytes]) -> int:
-        """Append the record that these packs (ids), and no others, are about to be removed; gives its sequence.
-
-        From then on deduplication misses what only they hold. The repository's lock for pruning is
-        held (store.upkeep.prune). Raises StorageError.
-        """
-        body = DoomBody(time=_now(), host=socket.gethostname(), packs=tuple(each.hex() for each in packs))
-        return self._commit(layout.RECORD_DOOM, lambda _: (body, bytes(16), 0, layout.ZERO_ID), []).header.sequence
-
-    def swap(
-        self,
-        added: list[PackInfo],
-        removed: Sequence[bytes],
-        relied: Set[int] = frozenset(),
-        require: Callable[[lmdb.Transaction], None] = lambda _: None,
-    ) -> int:
-        """Append the record that puts packs, visible and durable, in the place of doomed ones; gives its sequence.
-
-        `relied`: numbers of other packs that hold what is taken away with `removed`; `require` is asked in the same
-        transaction and raises if it must not be. The repository's lock for pruning is held. Raises ConflictError
-        (others have changed meanwhile what this stands on: nothing was done), UncertainCommitError, StorageError.
-        """
-        body = SwapBody(
-            time=_now(),
-            host=socket.gethostname(),
-            added=tuple(each.header.pack_id.hex() for each in added),
-            removed=tuple(each.hex() for each in removed),
-        )
-
-        def checked(txn: lmdb.Transaction) -> _Append:
-            require(txn)
-            doomed = self.catalog.doomed(txn)
-            if not self.catalog.has_packs(txn, set(relied)) or set(doomed["pack"].tolist()) & relied:
-                raise ConflictError("packs that hold what others share with them were doomed or removed meanwhile")
-            if not {bytes(each) for each in doomed["pack_id"]} >= set(removed):
-                raise ConflictError("packs that are to be removed are doomed no longer")
-            return body, bytes(16), 0, layout.ZERO_ID
-
-        return self._commit(layout.RECORD_SWAP, checked, added).header.sequence
-
     def policies(self) -> dict[str | None, Policy]:
         """Policies by VM name; None for the one that holds for every VM that has none of its own."""
         with self.environment.read() as txn:
@@ -449,139 +251,9 @@ class Repository:
         with self.environment.read() as txn:
             return self.catalog.policy(txn, vm, whole=whole)
 
-    def set_policy(self, vm: str | None, policy: Policy | None) -> None:
-        """Set the policy of a VM, or of all that have none of their own; None takes it away. Raises StorageError."""
-        body = PolicyBody(time=_now(), host=socket.gethostname(), vm=vm, policy=encode_policy(policy))
-        self._commit(layout.RECORD_POLICY, lambda _: (body, bytes(16), 0, layout.ZERO_ID), [])
-
-    def publish_generation(
-        self,
-        vm: str,
-        *,
-        parent: Generation | None,
-        drafts: list[RegionDraft],
-        packs: list[PackInfo],
-        hit_packs: set[int],
-        dirty_bytes: int,
-        cause: str,
-        tags: tuple[str, ...],
-        metadata: dict[str, Any],
-        pause_ms: float | None,
-        admission: Admission,
-    ) -> Generation:
-        """The commit; the writer's only. Packs are visible and durable. Raises OvertakenError: admit it again."""
-        regions = tuple(
-            RegionBody(
-                name=each.name,
-                kind=each.kind,
-                length=each.root.length,
-                chunk_size=each.root.chunk_size,
-                height=each.root.height,
-                root=each.root.id.hex(),
-                kept_bytes=each.kept_bytes,
-            )
-            for each in drafts
-        )
-        body = GenerationBody(
-            vm=vm,
-            time=_now(),
-            cause=cause,
-            host=socket.gethostname(),
-            tags=tags,
-            regions=regions,
-            packs=tuple(pack.header.pack_id.hex() for pack in packs),
-            dirty_bytes=dirty_bytes,
-            stored_bytes=sum(pack.size for pack in packs),
-            pause_ms=pause_ms,
-            metadata=metadata,
-        )
-
-        def numbered(txn: lmdb.Transaction) -> _Append:
-            if not self.catalog.has_packs(txn, hit_packs):
-                raise ConflictError(f"packs that this generation of {vm} shares were pruned meanwhile: capture again")
-            vm_id, highest = self.catalog.vm(txn, vm) or (secrets.token_bytes(16), 0)
-            if admission.standing != Standing(self.catalog.policy(txn, vm), self.catalog.stored(txn, vm_id)):
-                raise OvertakenError
-            return body, vm_id, highest + 1, bytes.fromhex(parent.id) if parent else layout.ZERO_ID
-
-        if self.note_missing(hit_packs):
-            raise ConflictError(f"packs that this generation of {vm} shares are gone: capture again")
-        record = self._commit(layout.RECORD_GENERATION, numbered, packs)
-        assert isinstance(record.body, GenerationBody)
-        return generation_of(record.header, record.body, record.id)
-
-    def _commit(self, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
-        """Append a record. Once it is published that is a success, whatever LMDB says: the index catches up when it is
-        next opened."""
-        record: Record | None = None
-        try:
-            with self.environment.write(_PURPOSES.get(kind, "appending a record")) as txn:
-                record = self._append(txn, kind, numbered, packs)
-        except (StorageError, IndexLostError):
-            if record is None:
-                raise
-        with suppress(StorageError):
-            self._remember()
-        assert record is not None
-        return record
-
-    def _append(self, txn: lmdb.Transaction, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
-        """Publish the next record inside a write transaction; if another writer was faster, replay it and try again."""
-        while True:
-            self._replay.forward(txn, silent, None)
-            body, vm_id, number, parent = numbered(txn)
-            sequence, previous = self.catalog.last(txn)
-            self._require_epoch_of(self._record_bytes(sequence), sequence)
-            data = encode_record(
-                self.keys, kind, sequence + 1, previous, body, vm_id=vm_id, number=number, parent=parent
-            )
-            name = layout.record_name(sequence + 1)
-            try:
-                if not self.storage.put(name, data):
-                    continue
-            except StorageError as error:
-                if self.storage.exists(name):
-                    raise UncertainCommitError(
-                        error.path, f"{error}; it may or may not be committed", errno=error.errno
-                    ) from error
-                raise
-            record = decode_record(self.keys, data, sequence + 1, previous)
-            self.catalog.apply(txn, record, packs)
-            return record
-
-    def _keys_for(self, data: bytes, sequence: int) -> Keys:
-        self._require_epoch_of(data, sequence)
-        return self.keys
-
-    def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
-        """Numbers of packs in which deduplication must find nothing."""
-        return self.catalog.avoided(txn)
-
-    def note_missing(self, numbers: set[int]) -> bool:
-        """Look whether these packs are still there, as long as they were; remember those that are not.
-
-        True if there are such: they are found no longer by `nodes.reusable`. Raises StorageError, IntegrityError.
-        """
-        lost, swapped = [], False
-        for number in numbers:
-            try:
-                entry = self.catalog.pack(number)
-            except ObjectMissingError:  # swapped out since it was found
-                swapped = True
-                continue
-            name = layout.pack_name(entry.header.pack_id)
-            try:
-                if self.storage.size(name) > int(entry.offsets[-1]):
-                    continue
-                problem = "is truncated"
-            except ObjectMissingError as error:
-                problem = error.problem
-            lost.append(DamagedPack(pack_id=entry.header.pack_id.hex(), problem=problem))
-        if lost:
-            with self.environment.write("noting packs that are gone") as txn:
-                for each in lost:
-                    self.catalog.note_damage(txn, each)
-        return swapped or bool(lost)
+    def _renew_keys(self) -> None:
+        super()._renew_keys()
+        self.frames.renew(self.keys)
 
     def _look_again_at_damaged(self) -> None:
         """What was damaged may have been put back."""
@@ -593,91 +265,11 @@ class Repository:
                 with self.environment.write("noting a pack that was put back", 0) as txn:
                     self.catalog.heal_pack(txn, pack)
 
-    def _require_epoch_of(self, data: bytes, sequence: int) -> None:
-        """Have the keys of a record's epoch. What follows it must not be of an older one, so no writer goes on without.
-
-        Raises WrongPassphraseError, IntegrityError.
-        """
-        epoch = epoch_of(data, sequence)
-        if epoch > self.keys.current_epoch:
-            self._renew_keys()
-        if epoch > self.keys.current_epoch:
-            raise IntegrityError(layout.record_name(sequence), unknown_epoch(epoch, self.keys.current_epoch))
-
-    def _renew_keys(self) -> None:
-        self.keys = self._newest_keys()
-        self.frames.renew(self.keys)
-        self._locked_out = False
-
-    def _newest_keys(self) -> Keys:
-        """The keys at hand, or those of a keyring that was made meanwhile; compared with what this host has seen."""
-        keys = self.keys
-        if self._unlock is not None and self.storage.exists(keyring_name(keys.header.number + 1)):
-            try:
-                keys = self._unlock()
-            except WrongPassphraseError as error:
-                raise WrongPassphraseError(
-                    "keys were changed, and what this process was started with opens them no longer: start it again"
-                ) from error
-        self._history.check_keyring(
-            keys.header.number,
-            keys.keyring_hash,
-            lambda number, seen: require_descent(read_key_files(self.path), number, seen),
-        )
-        return keys
-
-    def _require_no_gap(self) -> None:
-        """Sequences have no holes: a record beyond a missing one means that history was taken out."""
-        missing = layout.record_name(self.sequence + 1)
-        beyond = max(
-            (each for each in self.storage.list("records") if each > missing and _RECORD.fullmatch(each)), default=""
-        )
-        if beyond and not self.storage.exists(missing):
-            raise IntegrityError(missing, f"is missing, though {beyond} is there")
-
     def _read_settings(self) -> None:
         genesis = decode_record(self.keys, self._record_bytes(1), 1, layout.ZERO_ID).body
         if not isinstance(genesis, GenesisBody):
             raise IntegrityError(layout.record_name(1), "is not the beginning of a history")
         self.settings = PackingSettings(genesis.level, genesis.frame_bytes, genesis.pack_bytes)
-
-    def record(self, sequence: int) -> Record:
-        """A record that was replayed before, verified but for its link. Raises IntegrityError, StorageError."""
-        return decode_record(self.keys, self._record_bytes(sequence), sequence, None)
-
-    def generation_at(self, sequence: int) -> Generation:
-        """A generation by its record, be it forgotten or not. Raises IntegrityError, StorageError."""
-        record = self.record(sequence)
-        if not isinstance(record.body, GenerationBody):
-            raise IntegrityError(layout.record_name(sequence), "a lease names it as a generation, which it is not")
-        return generation_of(record.header, record.body, record.id)
-
-    def _record_bytes(self, sequence: int) -> bytes:
-        return self.storage.get(layout.record_name(sequence))
-
-    def _remembered_hash(self, sequence: int) -> bytes | None:
-        name = layout.record_name(sequence)
-        return layout.record_id(self.storage.get(name)) if self.storage.exists(name) else None
-
-    def _remember(self) -> None:
-        with self.environment.read() as txn:
-            self._history.advance(*self.catalog.last(txn))
-
-    def _open_environment(self, state: Path, wait_s: float) -> Environment:
-        """Open the index; one that was lost or cannot be trusted is made anew and filled by replay."""
-        try:
-            state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError.from_os(error, str(state), "make the folder") from error
-
-        def opened() -> Environment:
-            names, key = (*DATABASES, *Index.DATABASES), self.keys.index_mac_key
-            return Environment(state / INDEX_FOLDER, names, mac_key=key, wait_s=wait_s, disk=self.disk)
-
-        try:
-            return opened()
-        except IndexLostError:
-            return opened()
 
     def _by_prefix(self, txn: lmdb.Transaction, prefix: str) -> Generation:
         text = prefix.lower()
@@ -689,33 +281,3 @@ class Repository:
         if len(found) > 1:
             raise UsageError(f"several generations have ids that begin with {prefix}: {found[0].name}, {found[1].name}")
         return found[0]
-
-
-_Append = tuple[Body, bytes, int, bytes]
-"""(body, VM id, generation number, parent id) of a record to append."""
-_Numbered = Callable[[lmdb.Transaction], _Append]
-"""Says inside the transaction, once others' records are replayed, what to append; raises if that is to be nothing."""
-
-
-def _named(generation: Generation) -> tuple[bytes, int]:
-    """The way a record's header names a generation."""
-    return bytes.fromhex(generation.vm_id), generation.number
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _remove_made(path: Path, *, keep: bool) -> None:
-    """Undo a half-made repository, in a folder that was not there or empty."""
-    with suppress(OSError):
-        (path / "config").unlink(missing_ok=True)  # first: what has it is a repository
-        for folder in LocalStorage.FOLDERS:
-            if (path / folder).exists():
-                for each in (path / folder).iterdir():
-                    each.unlink()
-                (path / folder).rmdir()
-        for each in path.iterdir():  # the mark under its temporary name
-            each.unlink()
-        if not keep:
-            path.rmdir()

@@ -8,9 +8,10 @@ from functools import cache
 from pathlib import Path
 
 from store.chunker import PackingSettings
+from store.creation import create
 from store.format_keys import Argon2Parameters
 from store.key_files import read_key_files
-from store.repository import Repository, create
+from store.repository import Repository
 from store.slots import new_keyring, unlock
 
 PASSPHRASE = b"correct horse battery staple"

@@ -21,9 +21,10 @@ from store_fixtures import CHEAP, PASSPHRASE, Place, add, image
 from base.disk import Disk
 from store import format as layout
 from store.chunker import PackingSettings
+from store.creation import create, read_mark
 from store.key_files import read_key_files
 from store.keychain import Keychain
-from store.repository import Repository, create, read_mark
+from store.repository import Repository
 from store.retention.policy import Policy
 from store.slots import NewSlot, new_keyring, unlock
 from store.upkeep.prune import prune

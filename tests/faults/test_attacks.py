@@ -25,8 +25,8 @@ from store_fixtures import PASSPHRASE, Place, add
 from perdure import cli, places
 from store import format as layout
 from store.chunker import PackingSettings
+from store.creation import read_mark
 from store.keychain import Keychain
-from store.repository import read_mark
 
 FRESH, AUTHOR, WITHOUT_INDEX = "a host that has never seen it", "the host that wrote it", "that host, without its index"
 CODES = {0, 1, 3, 10, 12}

@@ -9,9 +9,9 @@ from store_fixtures import CHEAP, PASSPHRASE, add, content, image, place
 from test_crash import CountingDisk, die, fail, in_child
 
 from base.errors import StorageError, WrongPassphraseError
+from store.creation import read_mark
 from store.key_files import read_key_files
 from store.keychain import Keychain
-from store.repository import read_mark
 from store.slots import NewSlot, unlock
 
 OTHER, NEW = b"another slot", b"the new one"

@@ -23,8 +23,9 @@ from test_crash_states import history, listed, opened, read
 from base import extents as ranges
 from base.disk import Disk
 from base.errors import ConflictError
+from store.creation import read_mark
 from store.keychain import Keychain
-from store.repository import Repository, read_mark
+from store.repository import Repository
 from store.upkeep.check import check_repository
 from store.upkeep.prune import prune
 from store.upkeep.prune_plan import PruneSettings

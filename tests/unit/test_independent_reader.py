@@ -23,10 +23,10 @@ from store_fixtures import CHEAP, PASSPHRASE, Place, add, image, memory_file, pl
 
 from base import extents as ranges
 from store.chunker import PackingSettings
+from store.creation import create
 from store.keys import Keys
 from store.packs import PackWriter
 from store.records import Body, GenerationBody, HurtGeneration, RegionBody, TombstoneBody, encode_record
-from store.repository import create
 from store.retention.policy import Policy
 from store.slots import KeyFile, NewSlot, change, list_slots, new_keyring, unlock
 from store.storage import LocalStorage

@@ -12,10 +12,11 @@ from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, StorageError, WrongPassphraseError
 from store import format as layout
 from store import keychain as keychains
+from store.creation import read_mark
 from store.history import History
 from store.key_files import key_files, read_key_files
 from store.keychain import Keychain, left_over
-from store.repository import Repository, read_mark
+from store.repository import Repository
 from store.slots import NewSlot, unlock
 from store.storage import LocalStorage
 

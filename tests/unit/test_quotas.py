@@ -48,13 +48,13 @@ def test_a_policy_of_a_newer_perdure_is_not_carried_out_in_part(monkeypatch):
     with place() as where, where.open() as repository:
         add(repository, "vm", {"ram": noise(1, 5)})
         newer = msgspec.Raw(b'{"last":1,"fortnightly":2,"quota":1000000}')
-        monkeypatch.setattr("store.repository.encode_policy", lambda _: newer)
+        monkeypatch.setattr("store.ledger.encode_policy", lambda _: newer)
         repository.set_policy("vm", None)
         assert repository.policy("vm") == Policy(last=1, quota=1_000_000)
         assert add(repository, "vm", {"ram": noise(2, 5)}).number == 2  # captures go on
         with pytest.raises(ConflictError, match=r"upgrade Perdure .*fortnightly"):
             repository.policy("vm", whole=True)
-        monkeypatch.setattr("store.repository.encode_policy", lambda _: msgspec.Raw(b'{"last":-1}'))
+        monkeypatch.setattr("store.ledger.encode_policy", lambda _: msgspec.Raw(b'{"last":-1}'))
         repository.set_policy("vm", None)
         with pytest.raises(IntegrityError, match="policy for VM vm: makes no sense"):
             repository.policy("vm")

@@ -11,10 +11,11 @@ from store_fixtures import CHEAP, PASSPHRASE, add, content, image, memory_file, 
 from base import extents as ranges
 from base.errors import ConflictError, IntegrityError, LockedError
 from store.chunker import PackingSettings
+from store.creation import create
 from store.format import PACK_DATA, PACK_NODES
 from store.key_files import read_key_files
 from store.reader import GenerationReader
-from store.repository import Repository, create
+from store.repository import Repository
 from store.slots import new_keyring, unlock
 from store.upkeep.check import check_repository
 from store.upkeep.donor import Donor

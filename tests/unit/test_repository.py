@@ -21,10 +21,10 @@ from base.errors import (
 )
 from base.workers import WorkerPool
 from store.catalog import INDEX_FOLDER
+from store.creation import create, read_mark
 from store.key_files import read_key_files
 from store.lanes import serve_chunker
 from store.reader import GenerationReader
-from store.repository import create, read_mark
 from store.slots import change, unlock
 
 PAGE = 4096
