@@ -33,7 +33,7 @@ def draw(path: Path, measured: Measured, title: str) -> None:
         stored, growth = measured.mib(tool)
         axes[3].bar(tool, stored, color=colours[tool])
         axes[3].bar(tool, growth, bottom=stored, color=colours[tool], alpha=0.45)
-    axes[3].set_title("stored, and growth for 2 % dirty, MiB")
+    axes[3].set_title("stored and growth, MiB")
     for axis in axes:
         axis.tick_params(axis="x", rotation=35)
         axis.spines[["top", "right"]].set_visible(False)

@@ -248,7 +248,7 @@ def encode_slot_header(slot: SlotHeader) -> bytes:
     """184 bytes. Raises UsageError for a label that is too long or not printable."""
     label = slot.label.encode("utf-8", "replace")
     if len(label) > LABEL_BYTES or not slot.label.isprintable():
-        raise UsageError(f"label {slot.label!r}: at most {LABEL_BYTES} bytes of printable text")
+        raise UsageError(f"label {slot.label[:LABEL_BYTES]!r}: at most {LABEL_BYTES} bytes of printable text")
     return SLOT_CLEAR.pack(
         SLOT_MAGIC,
         VERSION,

@@ -96,7 +96,7 @@ def read(repository: Repository, name: str) -> bytes:
 
 GO_ON = ("prune", "repair", "key-rotate-rewrite")
 """What is done again after it was interrupted."""
-GONE_ON_FROM_MOST = 100
+GONE_ON_FROM_MOST = 60
 """Images of one operation from which it goes on; the others are read only."""
 
 

@@ -137,7 +137,8 @@ def numbers_by_vm(where) -> dict[str, list[int]]:
     found = defaultdict(list)
     with where.open() as repository:
         previous = layout.ZERO_ID
-        for sequence, path in enumerate(sorted((where.path / "records").iterdir()), 1):
+        names = (where.path / "records").iterdir()  # a killed process may have left what it was writing
+        for sequence, path in enumerate(sorted(each for each in names if each.name.isdigit()), 1):
             record = decode_record(repository.keys, path.read_bytes(), sequence, previous)
             previous = record.id
             if record.header.kind == layout.RECORD_GENERATION:
