@@ -176,7 +176,11 @@ def run_number(stored_key: bytes) -> int:
 def decode_run(number: int, value: bytes, key: bytes) -> Run:
     """A descriptor from its value. Raises DamagedValueError."""
     data = _opened(_RUN_KEY.pack(RUN_PREFIX, number), value, key)
+    if len(data) < _RUN.size or (len(data) - _RUN.size) % _FENCE.itemsize:
+        raise DamagedValueError(f"run {number}: its descriptor has {len(data)} bytes")
     clean, merge, role, skip, _ = _RUN.unpack_from(data)
+    if role not in Role.__members__.values():
+        raise DamagedValueError(f"run {number}: has role {role}")
     return Run(number, clean, np.frombuffer(data, _FENCE, -1, _RUN.size), merge, Role(role), skip)
 
 
@@ -187,7 +191,12 @@ def encode_state(state: State, key: bytes) -> bytes:
 
 def decode_state(value: bytes | None, key: bytes) -> State:
     """State from its value; that of an empty index from None. Raises DamagedValueError."""
-    return State() if value is None else State(*_STATE.unpack(_opened(STATE_KEY, value, key)))
+    if value is None:
+        return State()
+    data = _opened(STATE_KEY, value, key)
+    if len(data) != _STATE.size:
+        raise DamagedValueError(f"value of the state: has {len(data)} bytes")
+    return State(*_STATE.unpack(data))
 
 
 def encode_dead(dead: Packs, key: bytes) -> bytes:
@@ -198,6 +207,8 @@ def encode_dead(dead: Packs, key: bytes) -> bytes:
 def decode_dead(value: bytes | None, key: bytes) -> Packs:
     """Dropped packs, ascending, from their value; none from None. Raises DamagedValueError."""
     data = b"" if value is None else _opened(DEAD_KEY, value, key)
+    if len(data) % 4:
+        raise DamagedValueError(f"list of dropped packs: has {len(data)} bytes")
     return np.frombuffer(data, "<u4").astype(np.uint32)
 
 
