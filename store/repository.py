@@ -81,6 +81,7 @@ class Repository(Ledger):
         self.pool = pool
         self.leases = path / "leases"
         self.settings = PackingSettings()
+        self._swept = False
         self.differences: dict[tuple[str, str], int] = {}
         """By ids of two generations, the bytes in which they differ: what store.retention.quotas has found out."""
         super().__init__(path, keys, state, disk=disk, unlock=unlock, lock_wait_s=lock_wait_s)
@@ -202,7 +203,9 @@ class Repository(Ledger):
 
         Raises NotFoundError if one of them was forgotten; what `refresh` does.
         """
-        self.storage.remove_leftovers("packs")
+        if not self._swept:  # once: 10 ms where there are 20,000 packs
+            self.storage.remove_leftovers("packs")
+            self._swept = True
         if not self._locked_out:
             try:
                 self._renew_keys()
