@@ -203,9 +203,7 @@ class WriteProtectTracker:
         try:
             found = shared_mappings(self._descriptor.pid, self._file)
         except OSError as error:
-            raise VirtualMachineError(
-                f"{self.name}: cannot read the memory map of QEMU (pid {self._descriptor.pid}): {error.strerror}"
-            ) from error
+            raise self._failed("cannot read its memory map", error) from error
         if not found:
             raise VirtualMachineError(
                 f"{self.name}: QEMU (pid {self._descriptor.pid}) has ended, or does not map the backing file shared"
@@ -223,9 +221,13 @@ class WriteProtectTracker:
             self._protect(mapping)
             return _extents(mapping)
         except OSError as error:
-            raise VirtualMachineError(
-                f"{self.name}: PAGEMAP_SCAN of QEMU (pid {self._descriptor.pid}): {error.strerror}"
-            ) from error
+            raise self._failed("PAGEMAP_SCAN", error) from error
+
+    def _failed(self, what: str, error: OSError) -> VirtualMachineError:
+        """In words; a process that is gone has no page tables and no entry in /proc."""
+        gone = isinstance(error, (FileNotFoundError, ProcessLookupError))
+        how = "has ended" if gone else f"{what}: {error.strerror}"
+        return VirtualMachineError(f"{self.name}: QEMU (pid {self._descriptor.pid}) {how}")
 
     def _discarded(self, known: Extents) -> Extents:
         if not len(known):

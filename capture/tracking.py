@@ -41,7 +41,7 @@ class Tracking:
     def _tracker(self, name: str, file: Path) -> Tracker:
         if self.descriptor is None:
             return ScanTracker()
-        choice, label = self.choice, f"{self.vm}: region {name}"
+        choice, label = self.choice, f"VM {self.vm}: region {name}"
         made = WriteProtectTracker(label, file, self.descriptor, direct_io=choice.direct_io, discards=choice.discards)
         self.resources.callback(made.close)
         return made
