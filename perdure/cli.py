@@ -37,7 +37,9 @@ exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 1
 
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 """numpy starts threads for linear algebra, 50 ms of them, unless it is told not to; nobody here needs any."""
-_UNLOCK_EARLY = frozenset(f"repository_commands:{name}" for name in ("export", "log", "show", "diff"))
+_UNLOCK_EARLY = frozenset(
+    ("export_commands:export", *(f"repository_commands:{name}" for name in ("log", "show", "diff")))
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,12 +151,16 @@ def _repository_verbs(verb: _Verb) -> None:
     )  # fmt: skip
     load.add_argument("--tag", metavar="T", action="append", default=[])
 
-    export = verb("export", "repository_commands:export", "write a region of a generation as a sparse raw file")
+    export = verb("export", "export_commands:export", "write a region of a generation, or all its memory, to a file")
     export.add_argument("point", metavar="VM@N")
-    export.add_argument("region", metavar="REGION")
+    export.add_argument("region", metavar="REGION", nargs="?", help="not for an ELF core, which has all memory")
     export.add_argument("file", metavar="FILE", help="- for standard output")
     export.add_argument("--sync", action="store_true", help="wait until FILE is on the disk")
     export.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    export.add_argument(
+        "--format", choices=("raw", "elf"), default="raw",
+        help="raw: sparse, the default; elf: a core for crash, gdb or Volatility, of a full generation",
+    )  # fmt: skip
     export.add_argument("--partial", action="store_true", help="of a hurt region what is left; zeros in the holes")
 
     log = verb("log", "repository_commands:log", "history of a VM, or of all")

@@ -229,7 +229,7 @@ class Launcher:
             table = RegionTable.from_tags(
                 prepared.memory.folder / _TABLE, self.description.name, self._devices(addresses), tags
             )
-            machine = await self._attach(qemu, monitor, table, prepared, elsewhere)
+            machine = await self._attach(qemu, monitor, addresses, table, prepared, elsewhere)
             if prepared.devices is None:
                 await elsewhere(lambda: _verify_empty(prepared.memory, table))
             else:
@@ -278,7 +278,7 @@ class Launcher:
             parent = await elsewhere(lambda: self._parent(repository))
             parent = max((*bases.values(), *([parent] if parent else ())), key=lambda each: each.number, default=None)
             found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings)
-            return await self._attach(qemu, monitor, table, found, elsewhere, journal, bases)
+            return await self._attach(qemu, monitor, addresses, table, found, elsewhere, journal, bases)
         except BaseException:
             await monitor.disconnect()
             raise
@@ -315,6 +315,7 @@ class Launcher:
         self,
         qemu: Qemu,
         monitor: Monitor,
+        addresses: AddressMap,
         table: RegionTable,
         prepared: Prepared,
         elsewhere: Elsewhere,
@@ -360,6 +361,7 @@ class Launcher:
             monitor=monitor,
             memory=prepared.memory,
             table=table,
+            addresses=addresses,
             holds=monitor.events(*hold.HOLD_EVENTS).__enter__(),
             journal=journal,
             tracking=tracking,

@@ -22,6 +22,7 @@ from perdure.resuming import recorded
 from restore.scrub import scrub
 from store.records import Generation
 from vm import disks, hold, migration
+from vm.addresses import AddressMap
 from vm.channel import GuestChannel, GuestHandler
 from vm.command_line import Platform, devices_of
 from vm.config import RAM, Description
@@ -47,6 +48,7 @@ class Machine:
     monitor: Monitor
     memory: Memory
     table: RegionTable
+    addresses: AddressMap
     holds: Events
     journal: Journal
     tracking: Tracking
@@ -185,8 +187,13 @@ class Machine:
             "machine": recorded(self.description, self.platform),
             "measurements": self.measurements,
             "tracker": self.tracking.choice.kind,
-            **({"devices": devices_of(self.qemu.record.argv)} if full else {}),
+            **(self._of_full() if full else {}),
         }
+
+    def _of_full(self) -> dict[str, Any]:
+        """What only full generations record: `addresses` are [region, guest-physical address, size, offset]."""
+        spans = [[each.region, each.address, each.size, each.offset] for each in self.addresses.spans]
+        return {"devices": devices_of(self.qemu.record.argv), "addresses": spans}
 
     def committed(self, done: Captured) -> None:
         """A generation was made of this VM: it is what the next one follows."""

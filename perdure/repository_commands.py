@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from base import extents as ranges
 from base.disk import Disk
-from base.errors import ConflictError, StorageError, UsageError
+from base.errors import ConflictError, UsageError
 from base.extents import Extents
 from base.units import PAGE, format_size
 from perdure import documents
@@ -100,40 +98,6 @@ def import_(options: Namespace) -> None:
     )
 
 
-def export(options: Namespace) -> None:
-    """`perdure export`"""
-    from store.holes import Holes
-    from store.reader import GenerationReader
-
-    output = _output(options)
-    with opened(repository_path(options.repository), progress=output.progress()) as repository:
-        generation = repository.resolve(options.point)
-        with GenerationReader(repository, generation) as reader:
-            region = reader.region(options.region)
-            holes = Holes(region.root) if options.partial else None
-            if options.file == "-":
-                if output.json:
-                    raise UsageError("--json and an export to standard output exclude each other")
-                for piece in reader.stream(region, holes=holes):
-                    sys.stdout.buffer.write(piece)
-                sys.stdout.buffer.flush()
-                for line in _holes_text(holes):
-                    output.note(line)
-                return
-            written = _export_file(reader, region, Path(options.file), options, output, holes)
-    document = {
-        **documents.point(generation),
-        "region": region.name,
-        "file": options.file,
-        "bytes": region.root.length,
-        "written_bytes": written,
-        "lost_bytes": 0 if holes is None else ranges.total(holes.extents),
-        "holes": [] if holes is None else [[start, end - start] for start, end in holes.extents.tolist()],
-    }
-    text = f"{generation.name} {region.name}: {format_size(written)} of {format_size(region.root.length)} written"
-    output.result(document, lambda: [f"{text} to {options.file}", *_holes_text(holes)])
-
-
 def log(options: Namespace) -> None:
     """`perdure log`"""
     output = _output(options)
@@ -197,46 +161,6 @@ def _diff_text(changed: dict[str, Extents]) -> Iterator[str]:
         yield f"{name}: {format_size(ranges.total(each))} in {len(each)} ranges"
         for start, end in each.tolist():
             yield f"  {start:#014x}  {format_size(end - start)}"
-
-
-def _holes_text(holes: Any) -> Iterator[str]:
-    """What a partial export lacks."""
-    if holes is not None and len(holes.extents):
-        yield f"lost: {format_size(ranges.total(holes.extents))} in {len(holes.extents)} ranges, which are zeros:"
-        for start, end in holes.extents.tolist():
-            yield f"  {start:#014x}  {format_size(end - start)}"
-
-
-def _export_file(reader: Any, region: Any, path: Path, options: Namespace, output: Output, holes: Any) -> int:
-    """Write beside the target and rename, so that an export that was broken off never has its name.
-
-    Only with --sync does it wait for the disk, as cp(1) does not either: the repository still has the content.
-    """
-    if path.exists() and not options.force:
-        raise ConflictError(f"{path} exists: remove it, or use --force")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.perdure")
-    try:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError.from_os(error, str(path), "create") from error
-    try:
-        try:
-            os.ftruncate(descriptor, region.root.length)
-            written = int(reader.restore(region, descriptor, str(path), output.progress(), holes))
-            if options.sync:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.rename(path)
-        if options.sync:
-            Disk().fsync_directory(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError.from_os(error, str(path), "write") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return written
 
 
 def _pairs(words: list[str], form: str) -> dict[str, str]:

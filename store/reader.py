@@ -109,11 +109,13 @@ class GenerationReader:
         path: str,
         progress: Progress = silent,
         holes: Holes | None = None,
+        *,
+        at: int = 0,
     ) -> int:
         """Write every non-zero chunk to its place in a file that is all holes; gives the bytes written.
 
-        `path` is for messages. With `holes`, what is lost is left out, and told there. Raises IntegrityError (without
-        it), StorageError; the file is then not to be used.
+        `path` is for messages; the region begins `at` this offset of the file. With `holes`, what is lost is left out,
+        and told there. Raises IntegrityError (without it), StorageError; the file is then not to be used.
         """
         if holes is None:
             self.require_whole(region)
@@ -122,7 +124,7 @@ class GenerationReader:
             for numbers, ids in self._leaves(region, holes):
 
                 def place(members: NDArray[np.intp], chunks: NDArray[np.uint8]) -> None:
-                    _write_chunks(descriptor, numbers[members], chunks, length, path)  # noqa: B023  # used up in this turn
+                    _write_chunks(descriptor, numbers[members], chunks, length, path, at)  # noqa: B023  # used up in this turn
 
                 for count in self._each_frame(ids, place, threads.map, _lost_of(numbers, holes)):
                     done += count * size
@@ -312,21 +314,22 @@ def _pieces(extents: Extents, size: int) -> Iterator[Extents]:
 
 
 def _write_chunks(
-    descriptor: int, numbers: NDArray[np.uint64], chunks: NDArray[np.uint8], length: int, path: str
+    descriptor: int, numbers: NDArray[np.uint64], chunks: NDArray[np.uint8], length: int, path: str, at: int
 ) -> None:
-    """Write chunks (n, size) to their places, neighbours in one call; the last is cut at the region's length."""
+    """Write chunks (n, size) to their places, neighbours in one call; the last is cut at the region's length, which
+    begins `at` this offset."""
     size = chunks.shape[1]
-    at = numbers.astype(np.int64)
-    breaks = np.flatnonzero(np.diff(at) != 1) + 1
+    places = numbers.astype(np.int64)
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
     starts = [0, *breaks.tolist()]
-    ends = [*breaks.tolist(), len(at)]
+    ends = [*breaks.tolist(), len(places)]
     flat = np.ascontiguousarray(chunks).reshape(-1).data
     try:
         for start, end in zip(starts, ends, strict=True):
-            offset = int(at[start]) * size
+            offset = int(places[start]) * size
             data = flat[start * size : start * size + min((end - start) * size, length - offset)]
             while data:
-                count = os.pwrite(descriptor, data, offset)
+                count = os.pwrite(descriptor, data, at + offset)
                 data, offset = data[count:], offset + count
     except OSError as error:
         raise StorageError.from_os(error, path, "write") from error

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from elf import Core
 from supervised import MEMORY, MIB, NAME, PAGE, SECONDS, Image, Supervised
-from test_survival import TRACKERS, Lender, boot, content, only, reboot, write
+from test_survival import FIRMWARE, TRACKERS, Lender, boot, content, only, reboot, write
 
 pytestmark = pytest.mark.qemu
 
@@ -142,6 +143,32 @@ def test_full_generations_are_all_memory_at_one_instant(vm: Supervised) -> None:
     reboot(vm)  # memory is scrubbed, which no tracker sees
     vm.guest.run(ORDINARY)
     judged(vm)
+
+
+@whatever_tracker
+def test_an_elf_core_of_a_full_generation_is_as_the_one_that_qemu_dumps(vm: Supervised) -> None:
+    """Registers and memory, of a guest that the judge has stopped."""
+    area = write(vm, "kept", 10)
+    part = vm.perdure("snapshot", NAME)
+    vm.judge.execute("stop")
+    theirs, ours = vm.folder / "theirs", vm.folder / "ours"
+    vm.judge.execute("dump-guest-memory", paging=False, protocol=f"file:{theirs}")
+    made = full(vm)
+    goes_on(vm)
+    point = f"{NAME}@{made['generation']}"
+    said = vm.perdure("export", point, ours, "--format", "elf")
+    assert said["written_bytes"] < ours.stat().st_size == said["bytes"]
+    dump, core = Core(theirs), Core(ours)
+    assert core.notes == dump.notes
+    assert {kind for _, kind, _ in core.notes} == {0, 1}
+    for load in dump.loads:
+        for start in range(load.physical, min(load.physical + load.size, MEMORY), PAGE):
+            if start // PAGE not in FIRMWARE:
+                assert core.physical(start, PAGE) == dump.physical(start, PAGE), hex(start)
+    assert area.of(export(vm, made["generation"], "pm0")) == core.physical(area.address, area.size) == content(10)
+    assert "perdure snapshot --full" in vm.refused("export", f"{NAME}@{part['generation']}", ours, "--format", "elf")
+    assert "leave out REGION" in vm.refused("export", point, "ram", ours, "--format", "elf", code=2)
+    assert "which region" in vm.refused("export", point, ours, code=2)
 
 
 @whatever_tracker

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +68,7 @@ def test_an_export_is_read_as_it_is(image: Path, short_folder: Path, kind: str) 
         with pytest.raises(VirtualMachineError, match=r"VM demo: disk other: .*not present"):
             Export("demo", address, "other")
     finally:
-        subprocess.run(["kill", (short_folder / "pid").read_text().strip()], check=True)
+        os.kill(int((short_folder / "pid").read_text()), signal.SIGTERM)
 
 
 @pytest.fixture
