@@ -20,32 +20,28 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from base import extents as ranges
 from base.errors import IntegrityError, StorageError
 from base.extents import Extents
 from base.progress import Progress, silent
+from capture.disks import DiskRead, Disks, recorded, store_disks
 from capture.journal import Journal
 from capture.trackers import Tracker
 from store.records import Generation
 from store.repository import Repository
 from store.writer import GenerationWriter, RegionDraft
-from vm.config import DEVICES, DISK_PREFIX, RAM
+from vm.config import DEVICES, RAM
 
 _PRIVATE_COPY_MAX = 256 << 20
 """Bytes of last dirty pages that are copied; more are stored while the guest stands still, which bounds memory."""
 _DRAIN_ABOVE = 4 << 20
 """Dirty bytes above which a round of storing while the guest runs makes the pause shorter."""
-DISK_CHUNK = 64 << 10
-"""Unit of deduplication of disks, in bytes."""
-_DISK_WINDOW = 64 << 20
-"""Bytes of a disk that are read at a time: bounds memory."""
 _DRAIN_ROUNDS = 4
 """Rounds at most: a guest that writes faster than we store has its last dirty pages copied in the pause."""
 
@@ -67,60 +63,34 @@ class CapturedRegion:
     base: Generation | None = None
 
 
-class FrozenDisk(Protocol):
-    """A disk as it was at the instant; a context manager. `size` is in bytes."""
-
-    name: str
-    size: int
-
-    def data(self, start: int, end: int) -> Extents:
-        """What of [start, end) may be other than zero."""
-
-    def read_into(self, descriptor: int, extents: Extents) -> None:
-        """Copy ranges into a file, to the same offsets."""
-
-    def __enter__(self) -> FrozenDisk: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
 class Execution(Protocol):
     """Stops and continues the guest; both return when it is so. The others are for full generations."""
 
     def prepare(self) -> None:
-        """What `device_state` and `freeze_disks` need and can be done before `stop`."""
+        """What `device_state` needs and can be done before `stop`."""
 
     def stop(self) -> None: ...
 
     def device_state(self) -> int:
         """The stopped guest's, in a memory file without a name that the caller closes."""
 
-    def freeze_disks(self) -> None:
-        """Keep the instant of all disks; the guest is stopped, and its device state saved."""
-
     def cont(self) -> None: ...
 
     def take_back(self) -> None:
-        """Undo `prepare`, for the devices; after `cont`."""
-
-    def disks(self) -> Iterator[FrozenDisk]:
-        """The disks as they were, one after the other."""
-
-    def release_disks(self) -> None:
-        """Undo `prepare` and `freeze_disks`; whatever happened."""
+        """Undo `prepare`; after `cont`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A generation that was made. `changed`: where each region differs from the parent; `seconds` to the commit;
-    `forgotten`: generations that the guest had caused, to stay within the VM's quota."""
+    `forgotten`: generations that the guest had caused, to stay within the VM's quota; `disks`: how each was captured.
+    """
 
     generation: Generation
     changed: dict[str, Extents]
     seconds: float
     forgotten: tuple[Generation, ...] = ()
+    disks: dict[str, DiskRead] = field(default_factory=dict)
 
 
 class _Source:
@@ -161,13 +131,14 @@ def capture(
     cause: str,
     parent: Generation | None,
     full: bool = False,
+    disks: Disks | None = None,
     tags: tuple[str, ...] = (),
     metadata: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Captured:
     """Make one generation. `execution` None: the guest is held and stays so. `parent`: the generation that this one
     follows, None if there is none. `full`: with all of the `regions`, which have main memory among them, and the state
-    of the devices and disks; not of a held guest.
+    of the devices; not of a held guest. `disks` are captured as of the same instant.
 
     Raises StorageError, IntegrityError, WorkerError, VirtualMachineError: nothing was committed, the guest runs on.
     """
@@ -177,9 +148,9 @@ def capture(
         parent = None  # forgotten meanwhile: nothing is known of what there is, so all of it is looked at
     with ExitStack() as stack:
         bases = {each.name: each.base for each in regions if each.base is not None and repository.has(each.base)}
-        if full and RAM in bases:
-            disks = (name for name in bases[RAM].regions if name.startswith(DISK_PREFIX))
-            bases |= dict.fromkeys(disks, bases[RAM])
+        for disk in disks.captured if disks is not None else ():
+            if disk.base is not None and repository.has(disk.base):
+                bases[disk.region] = disk.base
         writer = stack.enter_context(repository.writer(vm, parent, bases))
         sources = []
         for region in regions:
@@ -187,30 +158,29 @@ def capture(
             base = bases.get(region.name, parent)
             sources.append(_open(stack, writer, region, base, known=known, full=full))
         journal.begin_collect(region.name for region in regions)
-        if execution is None:
-            assert not full
-            for source in sources:
-                source.collect(running=False)
-                source.store(writer, progress)
-            pause_ms = None
-        else:
-            with ExitStack() as frozen:
-                if full:
-                    frozen.callback(execution.release_disks)
+        facts = {**(metadata or {}), "kept": _kept(regions)}
+        read: dict[str, DiskRead] = {}
+        with ExitStack() as frozen:
+            if disks is not None:
+                frozen.callback(disks.release)
+            if execution is None:
+                assert not full
+                pause_ms = None
+                _store_held(sources, writer, disks, progress)
+            else:
                 _store_while_running(sources, writer, progress)
-                pause_ms = _pause(sources, writer, execution, stack, full=full)
-                if full:
-                    _store_disks(writer, execution, progress)
-        generation = writer.commit(
-            cause, tags=tags, metadata={**(metadata or {}), "kept": _kept(regions)}, pause_ms=pause_ms
-        )
+                pause_ms = _pause(sources, writer, execution, disks, stack, full=full)
+            if disks is not None:
+                read = store_disks(writer, disks, bases, progress)
+                facts |= recorded(disks.captured, read)
+        generation = writer.commit(cause, tags=tags, metadata=facts, pause_ms=pause_ms)
         for region in regions:
             region.tracker.committed()
         journal.committed(generation.id, [region.name for region in regions])
         seconds = time.monotonic() - began
         # Inside the writer's lease: all that both stand on is there, also if somebody forgets them now.
         changed = _changed(repository, parent, generation)
-    return Captured(generation, changed, seconds, tuple(writer.forgotten))
+    return Captured(generation, changed, seconds, tuple(writer.forgotten), read)
 
 
 def _changed(repository: Repository, parent: Generation | None, generation: Generation) -> dict[str, Extents]:
@@ -256,6 +226,16 @@ def _content(generation: Generation, name: str) -> Extents:
     return ranges.normalise([(start, end) for start, end in generation.metadata.get("kept", {}).get(name, [])])
 
 
+def _store_held(sources: Sequence[_Source], writer: GenerationWriter, disks: Disks | None, progress: Progress) -> None:
+    """The guest stands still: all is read where it lies."""
+    if disks is not None:
+        disks.prepare()
+        disks.freeze()
+    for source in sources:
+        source.collect(running=False)
+        source.store(writer, progress)
+
+
 def _store_while_running(sources: Sequence[_Source], writer: GenerationWriter, progress: Progress) -> None:
     """Rounds before the pause. What is written meanwhile is found again in the pause: as dirty where writes are
     tracked, by a second look at everything where they are not. Where bits must not be cleared under a running guest
@@ -271,7 +251,13 @@ def _store_while_running(sources: Sequence[_Source], writer: GenerationWriter, p
 
 
 def _pause(
-    sources: Sequence[_Source], writer: GenerationWriter, execution: Execution, stack: ExitStack, *, full: bool
+    sources: Sequence[_Source],
+    writer: GenerationWriter,
+    execution: Execution,
+    disks: Disks | None,
+    stack: ExitStack,
+    *,
+    full: bool,
 ) -> float:
     """Stop, save the devices, collect, copy what is dirty (or store it at once), continue; then store the copies.
 
@@ -284,13 +270,16 @@ def _pause(
         if full:
             execution.prepare()
             around.callback(execution.take_back)
+        if disks is not None:
+            disks.prepare()
         began = time.monotonic()
         execution.stop()
         try:
             if full:
                 devices = execution.device_state()
                 stack.callback(os.close, devices)
-                execution.freeze_disks()
+            if disks is not None:
+                disks.freeze()
             for source in sources:
                 source.collect(running=False)
             for source in sources:
@@ -309,22 +298,6 @@ def _pause(
     if devices is not None:
         writer.replace(writer.region(DEVICES, DEVICES, os.fstat(devices).st_size), devices)
     return pause_ms
-
-
-def _store_disks(writer: GenerationWriter, execution: Execution, progress: Progress) -> None:
-    """All that each disk held at the instant; what is as in the last full generation costs reading and a hash."""
-    for disk in execution.disks():
-        with disk:
-            draft = writer.region(f"{DISK_PREFIX}{disk.name}", "disk", disk.size, chunk_size=DISK_CHUNK)
-            for start in range(0, disk.size, _DISK_WINDOW):
-                end = min(start + _DISK_WINDOW, disk.size)
-                window = os.memfd_create(f"perdure disk {disk.name}", os.MFD_CLOEXEC)
-                with ExitStack() as stack:
-                    stack.callback(os.close, window)
-                    os.ftruncate(window, end)
-                    disk.read_into(window, disk.data(start, end))
-                    writer.replace(draft, window, ranges.normalise([(start, end)]))
-                progress(draft.name, end, disk.size)
 
 
 def _private_copy(source: _Source) -> int:

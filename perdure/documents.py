@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from base.units import format_size
+from capture.disks import reads_of
+from perdure.disk_texts import reads_text
 from perdure.output import moment
 from store.records import Generation
 
@@ -25,6 +27,7 @@ def made(generation: Generation, seconds: float, forgotten: Sequence[Generation]
         "pause_ms": generation.pause_ms,
         "full": generation.full,
         "seconds": round(seconds, 6),
+        "disks": reads_of(generation),
         "forgotten": [point(each) for each in forgotten],
     }
 
@@ -36,6 +39,7 @@ def made_text(generation: Generation, seconds: float, forgotten: Sequence[Genera
         f"{generation.name} {generation.id[:12]}: {format_size(generation.region_bytes)} kept, "
         f"{format_size(generation.dirty_bytes)} changed, {format_size(generation.stored_bytes)} stored "
         f"in {seconds:.2f} s{pause}",
+        *reads_text(reads_of(generation)),
         *forgotten_text(forgotten),
     ]
 

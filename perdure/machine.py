@@ -62,6 +62,8 @@ class Machine:
     measurements: dict[str, str]
     channel: GuestChannel | None = None
     note_parent: Callable[[Generation | None], None] = lambda _: None
+    disk_bases: dict[str, Generation | None] = field(default_factory=dict)
+    """By disk, the newest generation that has it, once somebody has looked; None if there is none."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -201,6 +203,7 @@ class Machine:
         for name in done.generation.regions:
             if name in self.tracking.trackers:
                 self.bases[name] = done.generation
+        self.disk_bases |= dict.fromkeys(done.disks, done.generation)
         self.note_parent(done.generation)
         self.table.changed(done.changed, done.generation.number)
 

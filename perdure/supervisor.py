@@ -12,26 +12,26 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from base.errors import ConflictError, IntegrityError, PerdureError, VirtualMachineError, one_line
+from base.errors import ConflictError, IntegrityError, PerdureError, one_line
 from base.progress import Progress
 from base.units import format_size
-from capture.generation import Captured, Execution, capture
+from capture.disks import reads_of
+from capture.generation import Captured, capture
 from perdure import documents, resuming
 from perdure.control import serve
+from perdure.disk_texts import reads_text
+from perdure.execution import DiskInstant, Execution, settle_bitmaps
 from perdure.launcher import Launcher
 from perdure.machine import Machine
 from perdure.requests import Requests
 from store.records import Generation
 from store.repository import Repository
-from vm import disks, migration
 from vm.hold import Cause, Hold
-from vm.nbd import Export
 from vm.qemu import Qemu
 
 _TIDY_SECONDS = 0.2
@@ -197,7 +197,7 @@ class Supervisor:
             if self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held and cannot be captured in full: --discard does without")
             await machine.require_full()
-            execution = _Execution(machine, asyncio.get_running_loop(), leave_stopped=True)
+            execution = Execution(machine, asyncio.get_running_loop(), leave_stopped=True)
             return await self._capture(machine, "before rollback", execution, full=True)
         await machine.stop()
         return await self._capture(machine, "before rollback", None)
@@ -248,6 +248,7 @@ class Supervisor:
             await self._held(machine, waiting)
         elif await machine.go_on_if_paused():
             self.say(f"{self.vm} was paused, and goes on")
+        await settle_bitmaps(machine, self.repository, self.in_store)
 
     def _follow(self, machine: Machine) -> None:
         self._machine = machine
@@ -336,7 +337,7 @@ class Supervisor:
         machine = self.machine
         if full:
             await machine.require_full()
-        execution = None if self.state == "held" else _Execution(machine, asyncio.get_running_loop())
+        execution = None if self.state == "held" else Execution(machine, asyncio.get_running_loop())
         return await self._capture(machine, cause, execution, tags, metadata, progress, full=full)
 
     async def _capture(
@@ -351,6 +352,7 @@ class Supervisor:
         full: bool = False,
     ) -> Captured:
         regions = await self.in_store(lambda: machine.captured_regions(full=full))
+        disks = await DiskInstant.plan(machine, machine.disks, self.repository, self.in_store) if full else None
         facts = {**machine.metadata(full=full), **(metadata or {})}
 
         def work() -> Captured:
@@ -363,16 +365,21 @@ class Supervisor:
                 cause=cause,
                 parent=machine.parent,
                 full=full,
+                disks=disks,
                 tags=tags,
                 metadata=facts,
                 progress=progress or self._progress,
             )
 
-        done = await self.in_store(work)
-        machine.committed(done)
+        try:
+            done = await self.in_store(work)
+            machine.committed(done)
+        finally:
+            if disks is not None:
+                await settle_bitmaps(machine, self.repository, self.in_store)
         self._tidying = asyncio.create_task(self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS)))
         self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
-        for line in documents.forgotten_text(done.forgotten):
+        for line in (*reads_text(reads_of(done.generation)), *documents.forgotten_text(done.forgotten)):
             self.say(f"{self.vm}: {line}")
         return done
 
@@ -435,50 +442,3 @@ class Supervisor:
     def _fail(self, error: BaseException) -> None:
         if not self._ended.done():
             self._ended.set_exception(error)
-
-
-class _Execution:
-    """Stops and continues the guest for a capture, which runs in the repository's thread.
-
-    `leave_stopped`: what is captured is all that will have been; the supervisor continues it if that comes to nothing.
-    """
-
-    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop, *, leave_stopped: bool = False) -> None:
-        self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
-
-    def prepare(self) -> None:
-        machine = self._machine
-        self._wait(disks.prepare(machine.monitor, machine.qemu.folder, machine.disks))
-        self._wait(migration.prepare(machine.monitor))
-        disks.sync(machine.description)
-
-    def stop(self) -> None:
-        self._wait(self._machine.stop())
-
-    def device_state(self) -> int:
-        return self._wait(self._machine.device_state())
-
-    def freeze_disks(self) -> None:
-        self._wait(disks.freeze(self._machine.monitor, self._machine.qemu.folder, self._machine.disks))
-
-    def disks(self) -> Iterator[Export]:
-        machine = self._machine
-        if machine.disks:
-            self._wait(disks.export(machine.monitor, machine.qemu.folder, machine.disks))
-        for name in machine.disks:
-            yield Export(self._machine.description.name, machine.qemu.folder.disks, name)
-
-    def release_disks(self) -> None:
-        with suppress(VirtualMachineError):  # a next capture, or supervisor, will
-            self._wait(disks.release(self._machine.monitor, self._machine.qemu.folder, self._machine.disks))
-
-    def cont(self) -> None:
-        if not self._leave_stopped:
-            self._wait(self._machine.go_on())
-
-    def take_back(self) -> None:
-        with suppress(VirtualMachineError):  # a next supervisor will; what was captured is good
-            self._wait(migration.take_back(self._machine.monitor))
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -11,6 +11,7 @@ from base.errors import NotFoundError, UsageError
 from base.units import format_size, parse_size
 from perdure import places
 from perdure.control import call
+from perdure.disk_texts import reads_text
 from perdure.output import Output, moment, table
 
 CONTROL = "control.sock"
@@ -62,7 +63,7 @@ def snapshot(options: Namespace) -> None:
     """`perdure snapshot`"""
     output = _output(options)
     done = _call(options.vm, "snapshot", {"tags": options.tag, "full": options.full}, output)
-    output.result(done, lambda: [_snapshot_text(done)])
+    output.result(done, lambda: [_snapshot_text(done), *reads_text(done["disks"])])
 
 
 def rollback(options: Namespace) -> None:

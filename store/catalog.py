@@ -354,6 +354,12 @@ class Catalog:
             raise NotFoundError(f"no VM {name} in this repository")
         raise NotFoundError(f"VM {name} has only {seen} generations")
 
+    def newest_first(self, txn: lmdb.Transaction, name: str) -> Iterator[Generation]:
+        """All generations of a VM, the newest first; none for an unknown VM. Read within the transaction."""
+        vm = self.vm(txn, name)
+        for key, value in () if vm is None else self._newest_first(txn, vm[0]):
+            yield self._generation(txn, key, value)
+
     def by_prefix(self, txn: lmdb.Transaction, prefix: str) -> list[Generation]:
         """Generations whose id begins with these hex digits, at most two (to tell that it is ambiguous)."""
         found: list[Generation] = []

@@ -38,6 +38,8 @@ _BATCH = 1024
 """Nodes in memory at once, per level. Twice as many are no faster."""
 _LOOKUPS = 8192
 """Numbers looked up at once: at worst as many nodes, 8 MiB."""
+_LAST_WINDOW = 1 << 15
+"""Chunks among which the last one is looked for at a time."""
 
 Ids = NDArray[np.uint8]
 Numbers = NDArray[np.uint64]
@@ -133,6 +135,24 @@ def leaves(root: Root, source: NodeSource, start: int, stop: int) -> Iterator[tu
     if root.id != ZERO_ID and start < stop:
         for places, ids in _leaves(root.height, *_top(root), source, start, stop):
             yield places.astype(np.uint64), ids
+
+
+def last(root: Root, source: NodeSource, outside: Extents) -> int | None:
+    """Number of the last non-zero chunk that is in none of the ranges of chunk numbers (m, 2); None if there is none.
+
+    Raises IntegrityError.
+    """
+    stop = min(root.chunks, _span(root.height))
+    while stop > 0:
+        start = (stop - 1) // _LAST_WINDOW * _LAST_WINDOW
+        for numbers, _ in reversed(list(leaves(root, source, start, stop))):
+            at = np.searchsorted(outside[:, 0], numbers, side="right") - 1
+            ends = outside[:, 1] if len(outside) else np.zeros(1, np.int64)
+            free = numbers[(at < 0) | (numbers >= ends[np.maximum(at, 0)].astype(np.uint64))]
+            if len(free):
+                return int(free[-1])
+        stop = start
+    return None
 
 
 def diff(a: Root, b: Root, source_a: NodeSource, source_b: NodeSource) -> Iterator[Extents]:

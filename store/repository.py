@@ -7,7 +7,7 @@ belongs to one thread at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -127,6 +127,16 @@ class Repository(Ledger):
         with self.environment.read() as txn, suppress(NotFoundError):
             return self.catalog.latest(txn, vm)
         return None
+
+    def newest_with(self, vm: str, regions: Collection[str]) -> dict[str, Generation]:
+        """By region, the newest generation of a VM that has it; regions that none has are left out."""
+        found: dict[str, Generation] = {}
+        with self.environment.read() as txn:
+            for generation in self.catalog.newest_first(txn, vm):
+                found |= {name: generation for name in regions if name in generation.regions and name not in found}
+                if len(found) == len(regions):
+                    break
+        return found
 
     def resolve(self, point: str) -> Generation:
         """A generation from `VM@N`, `VM@latest`, `VM@-1` or a prefix of its id. Raises UsageError, NotFoundError."""

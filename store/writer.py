@@ -249,6 +249,11 @@ class GenerationWriter:
         wanted[candidates] = self._new.fresh(ids[candidates])
         return wanted
 
+    def last_chunk(self, draft: RegionDraft, outside: Extents) -> int | None:
+        """Number of the last chunk of a region, as it is by now, that has something, outside of ranges of whole chunks;
+        None if there is none. Raises IntegrityError."""
+        return pagemap.last(draft.root, self._nodes, outside // draft.root.chunk_size)
+
     def before(self, root: pagemap.Root) -> _Before:
         """What the page map holds, for batches that come more or less in order."""
         return _Before(root, self._nodes)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,19 @@ async def freeze(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str]) 
         await _add(monitor, then)
 
 
-async def export(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str]) -> None:
-    """Show the instant on `folder.disks`, under the disks' names. Raises VirtualMachineError."""
+async def export(
+    monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str], bitmaps: Mapping[str, str] | None = None
+) -> None:
+    """Show the instant on `folder.disks`, under the disks' names, and of some disks a bitmap of that name.
+
+    Raises VirtualMachineError.
+    """
     address = {"type": "unix", "data": {"path": str(folder.disks)}}
     await monitor.execute("nbd-server-start", addr=address)
     for number, disk in enumerate(disks):
         arguments: dict[str, Any] = {"type": "nbd", "id": f"{_OURS}{number}", "node-name": f"{_THEN}{number}"}
+        if bitmaps and disk in bitmaps:
+            arguments["bitmaps"] = [{"node": node_of(disk), "name": bitmaps[disk]}]
         await monitor.execute("block-export-add", **arguments, name=disk, writable=False)
 
 

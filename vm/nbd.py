@@ -1,10 +1,11 @@
-"""Reading a disk that QEMU exports over NBD on a Unix socket: its size, where it holds data, its content.
+"""Reading a disk that QEMU exports over NBD on a Unix socket: its size, where it holds data, what a dirty bitmap of it
+says, its content.
 
 A client of one export, read-only, for one thread at a time; one request is under way at any moment. What a server
 sends is checked against what was asked: QEMU is trusted, but an answer that is cut short must not become zeros.
 
 Source: the NBD protocol, doc/proto.md of the NetworkBlockDevice project: fixed newstyle negotiation, structured
-replies, meta context base:allocation.
+replies, meta context base:allocation. QEMU, docs/interop/nbd.txt: meta context qemu:dirty-bitmap.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -40,17 +41,23 @@ _REP_ACK, _REP_INFO, _REP_META_CONTEXT, _REP_ERROR = 1, 3, 4, 1 << 31
 _READ, _DISCONNECT, _BLOCK_STATUS = 0, 2, 7
 _DONE = 1
 _CHUNK_NONE, _CHUNK_DATA, _CHUNK_HOLE, _CHUNK_STATUS, _CHUNK_ERROR = 0, 1, 2, 5, 1 << 15
-_STATUS_ZERO = 2
-_ALLOCATION = b"base:allocation"
+_STATUS_ZERO, _STATUS_DIRTY = 2, 1
+_ALLOCATION = "base:allocation"
+_BITMAP = "qemu:dirty-bitmap:"
 
 
 class Export:
     """A connection to one export; a context manager. Attributes: `vm`, `name`, `size` (bytes)."""
 
-    def __init__(self, vm: str, path: Path, name: str) -> None:
-        """`vm` is for messages. Raises VirtualMachineError if there is no such export, or it lacks what is needed."""
+    def __init__(self, vm: str, path: Path, name: str, bitmap: str | None = None) -> None:
+        """`vm` is for messages; `bitmap` names the one that is exported with it, if one is.
+
+        Raises VirtualMachineError if there is no such export, or it lacks what is needed.
+        """
         self.vm, self.name = vm, name
+        self._bitmap = None if bitmap is None else _BITMAP + bitmap
         self._cookie = 0
+        self._contexts: dict[str, int] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(_SECONDS)
@@ -73,17 +80,25 @@ class Export:
 
     def data(self, start: int, end: int) -> Extents:
         """What of [start, end) may be other than zero, in bytes. Raises VirtualMachineError."""
+        return self._where(_ALLOCATION, start, end, lambda flags: not flags & _STATUS_ZERO)
+
+    def written(self, start: int, end: int) -> Extents:
+        """What of [start, end) is set in the bitmap, in bytes. Raises VirtualMachineError."""
+        assert self._bitmap is not None
+        return self._where(self._bitmap, start, end, lambda flags: bool(flags & _STATUS_DIRTY))
+
+    def _where(self, context: str, start: int, end: int, counts: Callable[[int], bool]) -> Extents:
         rows: list[tuple[int, int]] = []
         with self._errors():
             while start < end:
                 asked = min(end - start, _STATUS_BYTES_MAX)
                 at = start
-                for length, flags in self._status(start, asked):
-                    if not flags & _STATUS_ZERO:
+                for length, flags in self._status(context, start, asked):
+                    if counts(flags):
                         rows.append((at, min(at + length, end)))
                     at += length
                 if at <= start:
-                    raise self._broken("it says nothing of where its data is")
+                    raise self._broken(f"it says nothing of {context}")
                 start = at
         return ranges.normalise(rows)
 
@@ -106,10 +121,15 @@ class Export:
         list(self._option(_OPT_STRUCTURED_REPLY, b""))
         name = self.name.encode()
         named = struct.pack(">I", len(name)) + name
-        wanted = named + struct.pack(">II", 1, len(_ALLOCATION)) + _ALLOCATION
-        contexts = [data for kind, data in self._option(_OPT_SET_META_CONTEXT, wanted) if kind == _REP_META_CONTEXT]
-        if len(contexts) != 1 or contexts[0][4:] != _ALLOCATION:
-            raise self._broken("it does not tell where its data is")
+        contexts = [_ALLOCATION, *([] if self._bitmap is None else [self._bitmap])]
+        wanted = named + struct.pack(">I", len(contexts))
+        for each in contexts:
+            wanted += struct.pack(">I", len(each)) + each.encode()
+        for kind, data in self._option(_OPT_SET_META_CONTEXT, wanted):
+            if kind == _REP_META_CONTEXT:
+                self._contexts[data[4:].decode(errors="replace")] = int.from_bytes(data[:4], "big")
+        if sorted(self._contexts) != sorted(contexts):
+            raise self._broken(f"it does not tell of {' and '.join(contexts)}")
         told = [data for kind, data in self._option(_OPT_GO, named + struct.pack(">H", 0)) if kind == _REP_INFO]
         sizes = [int(_EXPORT_INFO.unpack(data)[1]) for data in told if data[:2] == b"\0\0"]
         if len(sizes) != 1:
@@ -130,10 +150,10 @@ class Export:
                 return
             yield kind, content
 
-    def _status(self, start: int, length: int) -> list[tuple[int, int]]:
+    def _status(self, context: str, start: int, length: int) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         for kind, content in self._request(_BLOCK_STATUS, start, length):
-            if kind == _CHUNK_STATUS:
+            if kind == _CHUNK_STATUS and int.from_bytes(content[:4], "big") == self._contexts[context]:
                 found += struct.iter_unpack(">II", content[4:])
         return found
 

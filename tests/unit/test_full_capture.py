@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from store_fixtures import Place, content, place
 
@@ -18,6 +19,7 @@ from base.disk import Disk
 from base.errors import VirtualMachineError
 from base.extents import EMPTY, Extents
 from base.units import PAGE
+from capture.disks import DISK_CHUNK, CapturedDisk, token_of
 from capture.generation import Captured, CapturedRegion, capture
 from capture.journal import Journal
 from capture.trackers import Dirty, Kind
@@ -29,21 +31,28 @@ PAGES = {"ram": 96, "pm0": 48}
 KEPT = ranges.normalise([(0, 4 * PAGE), (16 * PAGE, 24 * PAGE)])
 
 
-EVERYTHING = ["prepare", "stop", "device_state", "freeze_disks", "cont", "take_back"]
+EVERYTHING = ["prepare", "prepare_disks", "stop", "device_state", "freeze_disks", "cont", "take_back"]
+CHUNK = DISK_CHUNK
 
 
 class MemoryDisk:
     """What QEMU shows of a disk's instant."""
 
-    def __init__(self, name: str, data: bytes) -> None:
-        self.name, self.size, self._data = name, len(data), data
+    def __init__(self, name: str, data: bytes, written: Extents | None) -> None:
+        self.name, self.size, self._data, self._written = name, len(data), data, written
+        self.read = 0
 
     def data(self, start: int, end: int) -> Extents:
         """Only where there is something."""
         pages = [at for at in range(start // PAGE * PAGE, end, PAGE) if any(self._data[at : at + PAGE])]
         return ranges.normalise([(max(at, start), min(at + PAGE, end)) for at in pages])
 
+    def written(self, start: int, end: int) -> Extents:
+        assert self._written is not None
+        return ranges.intersect(self._written, ranges.normalise([(start, end)]))
+
     def read_into(self, descriptor: int, extents: Extents) -> None:
+        self.read += ranges.total(extents)
         for start, end in extents.tolist():
             os.pwrite(descriptor, self._data[start:end], start)
 
@@ -89,8 +98,78 @@ class NotingTracker:
         """Nothing to do."""
 
 
+class GuestDisk:
+    """A disk and its bitmaps, as QEMU has them: by token, chunks that were written since."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest, self._random = guest, guest.random
+        self.data = bytearray(5 * CHUNK)
+        self._largest = len(self.data)
+        self.bitmaps: dict[str, set[int]] = {}
+        self.captured: list[CapturedDisk] = []
+        self.base: Generation | None = None
+        self.shown: list[MemoryDisk] = []
+        self.writes_on = True
+
+    def write(self, chunk: int | None = None) -> None:
+        chunk = self._random.randrange(-(-len(self.data) // CHUNK)) if chunk is None else chunk
+        start = chunk * CHUNK
+        piece = self._random.choice([bytes(PAGE), b"a" * PAGE, self._random.randbytes(PAGE)])
+        self.data[start : start + PAGE] = piece[: len(self.data) - start]
+        for written in self.bitmaps.values():
+            written.add(chunk)
+
+    def resize(self, size: int) -> None:
+        """Cut-off bits are gone; what comes back is zero, and what was never there may, on a device, be anything."""
+        del self.data[size:]
+        self.data += bytes(max(0, min(size, self._largest) - len(self.data)))
+        self.data += self._random.randbytes(max(0, size - len(self.data)))
+        self._largest = max(size, self._largest)
+        for token, written in self.bitmaps.items():
+            self.bitmaps[token] = {chunk for chunk in written if chunk * CHUNK < size}
+
+    def restart(self) -> None:
+        """QEMU ends; a raw image has no bitmaps afterwards."""
+        self.bitmaps.clear()
+
+    def plan(self) -> None:
+        token = token_of(self.base, "root")
+        problem = None if token in self.bitmaps else "QEMU was started anew"
+        self.captured = [CapturedDisk("root", self.base, problem, f"token{self._random.random()}")]
+
+    # Disks
+
+    def prepare(self) -> None:
+        self._guest.note("prepare_disks")
+
+    def freeze(self) -> None:
+        self._guest.note("freeze_disks")
+        [plan] = self.captured
+        written = None
+        if plan.problem is None:
+            numbers = np.array(sorted(self.bitmaps[str(token_of(plan.base, "root"))]), np.uint64)
+            written = ranges.from_numbers(numbers, CHUNK)
+        self.bitmaps[plan.token] = set()
+        self.instant = bytes(self.data)
+        self.shown = [MemoryDisk("root", self.instant, written)]
+
+    def frozen(self) -> Iterator[MemoryDisk]:
+        self._guest.note("disks")
+        if self.writes_on:
+            self.write()
+        yield from self.shown
+
+    def release(self) -> None:
+        self._guest.note("release_disks")
+
+    def settle(self) -> None:
+        """What the supervisor has QEMU do after each capture."""
+        token = token_of(self.base, "root")
+        self.bitmaps = {each: written for each, written in self.bitmaps.items() if each == token}
+
+
 class Guest:
-    """Two regions in files, and a QEMU that is told to stop and go on, and may fail at one of these."""
+    """Two regions in files, a disk, and a QEMU that is told to stop and go on, and may fail at one of these."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.random = random.Random(seed)
@@ -102,7 +181,7 @@ class Guest:
         self.told: list[str] = []
         self.fails_at: str | None = None
         self.devices = b""
-        self.disk = b""
+        self.disk = GuestDisk(self)
         for name, path in self.files.items():
             path.touch()
             os.truncate(path, PAGES[name] * PAGE)
@@ -138,7 +217,16 @@ class Guest:
             if full or name != "ram"
         ]
         self.told.clear()
-        done = capture(repository, "vm", regions, self.journal, self, cause="test", parent=self.parent, full=full)
+        self.disk.plan()
+        disks = self.disk if full else None
+        try:
+            done = capture(
+                repository, "vm", regions, self.journal, self, cause="test", parent=self.parent, full=full, disks=disks
+            )
+            if full:
+                self.disk.base = done.generation
+        finally:
+            self.disk.settle()
         self.parent = done.generation
         self.bases |= {name: done.generation for name in done.generation.regions if name in PAGES}
         return done
@@ -146,14 +234,14 @@ class Guest:
     # Execution
 
     def prepare(self) -> None:
-        self._told("prepare")
+        self.note("prepare")
         self.write(2)  # it still runs
 
     def stop(self) -> None:
-        self._told("stop")
+        self.note("stop")
 
     def device_state(self) -> int:
-        self._told("device_state")
+        self.note("device_state")
         self.write(1)  # by QEMU
         self.devices = self.random.randbytes(5000)
         descriptor = os.memfd_create("devices")
@@ -161,27 +249,15 @@ class Guest:
         return descriptor
 
     def cont(self) -> None:
-        self._told("cont")
+        self.note("cont")
         self.stopped_with = {name: path.read_bytes() for name, path in self.files.items()}
         self.write(2)
 
-    def freeze_disks(self) -> None:
-        self._told("freeze_disks")
-        size = self.random.choice([300, 301]) * 1000  # it was resized
-        pieces = [self.random.choice([bytes(PAGE), b"a" * PAGE, self.random.randbytes(PAGE)]) for _ in range(80)]
-        self.disk = b"".join(pieces)[:size]
-
     def take_back(self) -> None:
-        self._told("take_back")
+        self.note("take_back")
 
-    def disks(self) -> Iterator[MemoryDisk]:
-        self._told("disks")
-        yield MemoryDisk("root", self.disk)
-
-    def release_disks(self) -> None:
-        self._told("release_disks")
-
-    def _told(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """What is done now; it may fail."""
         self.told.append(what)
         if what == self.fails_at:
             raise VirtualMachineError(f"no {what}")
@@ -201,11 +277,11 @@ def judge(repository: Repository, guest: Guest, done: Captured, *, full: bool) -
     if full:
         assert guest.told == [*EVERYTHING, "disks", "release_disks"]
         assert list(made.regions) == ["ram", "pm0", "device", "disk:root"]
-        assert content(repository, made, "disk:root") == guest.disk
+        assert content(repository, made, "disk:root") == guest.disk.instant
         assert content(repository, made, "device") == guest.devices
         for name, there in guest.stopped_with.items():
             assert content(repository, made, name) == there
-        assert made.region_bytes == sum(PAGES.values()) * PAGE + len(guest.devices) + len(guest.disk)
+        assert made.region_bytes == sum(PAGES.values()) * PAGE + len(guest.devices) + len(guest.disk.instant)
         assert guest.journal.baseline("ram") == made.id
     else:
         assert guest.told == ["stop", "cont"]
@@ -217,14 +293,21 @@ def judge(repository: Repository, guest: Guest, done: Captured, *, full: bool) -
     assert made.metadata["kept"] == {"pm0": KEPT.tolist()}
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_generations_of_both_sorts_in_any_order(where: Place, tmp_path: Path, seed: int) -> None:
     guest = Guest(tmp_path, seed)
     with where.open() as repository:
-        for _ in range(14):
+        for _ in range(18):
             guest.write(guest.random.randrange(6))
-            what = guest.random.choice(["full", "full", "part", "part", "scrub", "fail", "forget"])
-            if what == "scrub":
+            what = guest.random.choice(["full", "full", "part", "part", "scrub", "fail", "forget", "resize", "restart"])
+            for _ in range(guest.random.randrange(3)):
+                guest.disk.write()
+            if what == "resize":
+                for _ in range(guest.random.randrange(1, 3)):  # smaller and larger again, too
+                    guest.disk.resize(guest.random.choice([2 * CHUNK, 3 * CHUNK + 512, 5 * CHUNK, 7 * CHUNK - 1024]))
+            elif what == "restart":
+                guest.disk.restart()
+            elif what == "scrub":
                 guest.scrub()
                 assert guest.journal.baseline("ram") is None
             elif what == "forget" and guest.bases:
@@ -232,9 +315,7 @@ def test_generations_of_both_sorts_in_any_order(where: Place, tmp_path: Path, se
                 if repository.has(forgotten):
                     repository.forget(forgotten)
             elif what == "fail":
-                fail(
-                    repository, guest, guest.random.choice(["prepare", "stop", "device_state", "freeze_disks", "disks"])
-                )
+                fail(repository, guest, guest.random.choice([*EVERYTHING[:5], "disks"]))
             else:
                 full = what == "full"
                 judge(repository, guest, guest.capture(repository, full=full), full=full)
@@ -252,9 +333,10 @@ def fail(repository: Repository, guest: Guest, at: str) -> None:
         guest.told
         == {
             "prepare": ["prepare", "release_disks"],
-            "stop": ["prepare", "stop", "take_back", "release_disks"],
-            "device_state": ["prepare", "stop", "device_state", "cont", "take_back", "release_disks"],
-            "freeze_disks": ["prepare", "stop", "device_state", "freeze_disks", "cont", "take_back", "release_disks"],
+            "prepare_disks": ["prepare", "prepare_disks", "take_back", "release_disks"],
+            "stop": [*EVERYTHING[:3], "take_back", "release_disks"],
+            "device_state": [*EVERYTHING[:4], "cont", "take_back", "release_disks"],
+            "freeze_disks": [*EVERYTHING, "release_disks"],
             "disks": [*EVERYTHING, "disks", "release_disks"],
         }[at]
     )
@@ -276,6 +358,35 @@ def test_only_what_changed_since_the_last_full_generation_is_looked_at(where: Pl
         guest.scrub()
         third = guest.capture(repository, full=True).generation
         assert content(repository, third, "ram") == guest.stopped_with["ram"]
+
+
+def test_a_followed_disk_is_read_where_it_was_written_and_where_its_bitmap_cannot_tell(
+    where: Place, tmp_path: Path
+) -> None:
+    guest = Guest(tmp_path, 3)
+    disk = guest.disk
+    disk.data[:] = guest.random.randbytes(len(disk.data))
+    disk.writes_on = False
+
+    def captured() -> tuple[str, int]:
+        done = guest.capture(where_open, full=True)
+        assert content(where_open, done.generation, "disk:root") == disk.instant
+        assert sum(each.read for each in disk.shown) >= done.disks["root"].read_bytes
+        return done.disks["root"].method, done.disks["root"].read_bytes
+
+    with where.open() as where_open:
+        assert captured() == ("rescan", 5 * CHUNK)
+        disk.write(1)
+        assert captured() == ("bitmap", CHUNK)
+        disk.resize(7 * CHUNK - 512)
+        assert captured() == ("bitmap", 2 * CHUNK - 512)
+        disk.resize(4 * CHUNK + 512)
+        assert captured()[0] == "bitmap"
+        disk.resize(2 * CHUNK)
+        disk.resize(4 * CHUNK + 512)
+        assert captured() == ("rescan", 2 * CHUNK)
+        disk.restart()
+        assert captured()[0] == "rescan"
 
 
 def test_a_full_generation_that_has_lost_something_is_no_base(where: Place, tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""What a capture, which runs in the repository's thread, has done by the supervisor's loop: the guest stopped and
+continued, its devices saved, its disks kept at that instant.
+
+`Execution` and `DiskInstant` are capture.generation's and capture.disks' protocols on a `Machine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+from base.errors import PerdureError, VirtualMachineError
+from capture.disks import CapturedDisk, token_of
+from perdure.machine import Machine
+from store.repository import Repository
+from vm import bitmaps, disks, migration
+from vm.config import DISK_PREFIX
+from vm.nbd import Export
+
+T = TypeVar("T")
+"""Result of a coroutine, or of blocking work."""
+
+
+class Elsewhere(Protocol):
+    """Runs blocking work in the repository's thread."""
+
+    def __call__(self, work: Callable[[], T]) -> Coroutine[Any, Any, T]:
+        """Gives its result."""
+
+
+class Execution:
+    """Stops and continues the guest.
+
+    `leave_stopped`: what is captured is all that will have been; the supervisor continues it if that comes to nothing.
+    """
+
+    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop, *, leave_stopped: bool = False) -> None:
+        self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
+
+    def prepare(self) -> None:
+        """See capture.generation.Execution, for this and the others."""
+        _wait(self._loop, migration.prepare(self._machine.monitor))
+
+    def stop(self) -> None:
+        _wait(self._loop, self._machine.stop())
+
+    def device_state(self) -> int:
+        return _wait(self._loop, self._machine.device_state())
+
+    def cont(self) -> None:
+        if not self._leave_stopped:
+            _wait(self._loop, self._machine.go_on())
+
+    def take_back(self) -> None:
+        with suppress(VirtualMachineError):  # a next supervisor will; what was captured is good
+            _wait(self._loop, migration.take_back(self._machine.monitor))
+
+
+class DiskInstant:
+    """Some disks of a VM at the instant of one capture; made by `plan`."""
+
+    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop, captured: Sequence[CapturedDisk]) -> None:
+        self._machine, self._loop = machine, loop
+        self.captured = captured
+        self._names = [disk.name for disk in captured]
+
+    @classmethod
+    async def plan(
+        cls, machine: Machine, names: Sequence[str], repository: Repository, in_store: Elsewhere
+    ) -> DiskInstant:
+        """What is known of these disks before they are captured. Raises VirtualMachineError, and what looking into the
+        repository raises."""
+        await in_store(lambda: _find_bases(machine, names, repository))
+        followed = await bitmaps.look(machine.monitor, names)
+        captured = []
+        for name in names:
+            base = machine.disk_bases.get(name)
+            if name not in followed:
+                raise VirtualMachineError(f"VM {machine.description.name}: QEMU does not have disk {name} any more")
+            if base is None:
+                problem: str | None = "no generation has it yet"
+            else:
+                problem = followed[name].problem(token_of(base, name), base.name)
+            captured.append(CapturedDisk(name, base, problem, secrets.token_hex(8)))
+        return cls(machine, asyncio.get_running_loop(), captured)
+
+    def prepare(self) -> None:
+        """See capture.disks.Disks, for this and the others."""
+        machine = self._machine
+        self._wait(disks.prepare(machine.monitor, machine.qemu.folder, self._names))
+        self._wait(bitmaps.prepare(machine.monitor, self._tokens))
+        disks.sync(machine.description)
+
+    def freeze(self) -> None:
+        monitor = self._machine.monitor
+        self._wait(bitmaps.begin(monitor, {disk.name: (self._token(disk), disk.token) for disk in self.captured}))
+        self._wait(disks.freeze(monitor, self._machine.qemu.folder, self._names))
+
+    def frozen(self) -> Iterator[Export]:
+        machine, folder = self._machine, self._machine.qemu.folder
+        with_bitmaps = {disk.name: bitmaps.FROZEN for disk in self.captured if self._token(disk) is not None}
+        if self.captured:
+            self._wait(disks.export(machine.monitor, folder, self._names, with_bitmaps))
+        for name in self._names:
+            yield Export(machine.description.name, folder.disks, name, with_bitmaps.get(name))
+
+    def release(self) -> None:
+        with suppress(VirtualMachineError):  # a next capture, or supervisor, will
+            self._wait(disks.release(self._machine.monitor, self._machine.qemu.folder, self._names))
+
+    @property
+    def _tokens(self) -> Mapping[str, str | None]:
+        return {disk.name: token_of(disk.base, disk.name) for disk in self.captured}
+
+    def _token(self, disk: CapturedDisk) -> str | None:
+        """Of the bitmap that is read; None where there is none."""
+        return token_of(disk.base, disk.name) if disk.problem is None else None
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return _wait(self._loop, work)
+
+
+async def settle_bitmaps(machine: Machine, repository: Repository, in_store: Elsewhere) -> None:
+    """Leave of the disks' bitmaps what the newest generations say: after a capture, whether it came to something or
+    not, and for what an earlier supervisor left. Raises nothing: what is left hinders no later capture."""
+    with suppress(PerdureError):
+        await in_store(lambda: _find_bases(machine, machine.disks, repository))
+        tokens = {name: token_of(machine.disk_bases.get(name), name) for name in machine.disks}
+        await bitmaps.settle(machine.monitor, tokens)
+
+
+def _find_bases(machine: Machine, names: Sequence[str], repository: Repository) -> None:
+    """Blocking: the newest generation that has each disk, for those of which that is not known yet."""
+    regions = {name: f"{DISK_PREFIX}{name}" for name in names if name not in machine.disk_bases}
+    if regions:
+        found = repository.newest_with(machine.description.name, list(regions.values()))
+        machine.disk_bases |= {name: found.get(region) for name, region in regions.items()}
+
+
+def _wait(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(work, loop).result()
