@@ -117,8 +117,8 @@ def punch(descriptor: int, extents: Extents) -> None:
 def _combine(sets: list[Extents], needed: int) -> Extents:
     """Bytes that at least `needed` of the sets cover, by counting openings and closings."""
     edges = np.concatenate(sets) if sets else EMPTY
-    if not len(edges):
-        return EMPTY.copy()
+    if len(edges) < 2:
+        return edges[: 2 - needed].copy()  # one is covered once
     at = np.concatenate([edges[:, 0], edges[:, 1]])
     change = np.concatenate([np.ones(len(edges), np.int64), np.full(len(edges), -1, np.int64)])
     order = np.lexsort((-change, at))  # at one address openings come first, so that neighbours join

@@ -38,8 +38,14 @@ exit codes: 0 done; 1 failed; 2 usage; 3 check found damage; 10 no repository; 1
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 """numpy starts threads for linear algebra, 50 ms of them, unless it is told not to; nobody here needs any."""
 _UNLOCK_EARLY = frozenset(
-    ("export_commands:export", *(f"repository_commands:{name}" for name in ("log", "show", "diff")))
+    (
+        *(f"repository_commands:{name}" for name in ("import_", "log", "show", "diff")),
+        *(f"retention_commands:{name}" for name in ("forget", "protect", "unprotect")),
+        "export_commands:export",
+        "prune_commands:prune_",
+    )
 )
+"""Commands that always unlock, and soon."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(options: argparse.Namespace) -> Callable[[argparse.Namespace], int | None]:
     """The command's function. Unlocking begins while its modules are imported: both take their time."""
-    small = options.command == "repository_commands:import_" and len(options.dirty) >= len(options.regions)
-    if small or options.command in _UNLOCK_EARLY:  # others fork workers, before there are threads and keys
+    if options.command in _UNLOCK_EARLY:
         from perdure import unlocking
 
         unlocking.begin(options.repository)

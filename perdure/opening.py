@@ -70,8 +70,6 @@ def opened(
     read_mark(path)
     wait_s = lock_wait_s()
     keep_freed_memory()
-    if early is not None and workers:
-        early.finish()  # no fork while a thread runs
     pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
     try:
         again: Callable[[], Keys] | None = None

@@ -4,15 +4,19 @@ The capture-once rule: a guest or another process may write to a page at any tim
 of its file into a private buffer exactly once, and zero test, hash, comparison and compression see only that
 copy. One `Chunker` belongs to one thread of one process (a worker, or the parent for small work); it never opens the
 index. What else may run at the same time: in a worker (`background`) a second thread, which reads back and publishes
-what is full while the next pack is being filled; elsewhere threads that compress, one for each processor.
+what is full while the next pack is being filled; elsewhere threads that compress, one for each processor, while the
+next batches are read and hashed. Frames go into packs in the order in which they came.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +34,8 @@ _Chunks = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Ids (n, 32) and chunks (n, chunk size)."""
 _WORTH_THREADS = 4
 """Frames from which on compressing them in threads is faster."""
+_AHEAD = 64
+"""Frames that may wait to be compressed, or for those before them: 8 MiB."""
 
 
 class ChunkKeys(SealingKeys, Protocol):
@@ -62,6 +68,7 @@ class Chunker:
         self._carry: _Chunks | None = None
         self._publisher = ThreadPoolExecutor(1) if background else None
         self._threads = ThreadPoolExecutor(usable_cores()) if not background and usable_cores() > 1 else None
+        self._waiting: deque[Callable[[], None]] = deque()
         self._closing: list[Future[PackInfo]] = []
         self._free: list[NDArray[np.uint8]] = []
 
@@ -85,13 +92,18 @@ class Chunker:
         rows = np.flatnonzero(wanted)
         if len(rows):
             self._add(ids, chunks, rows)
-        self._free.append(chunks.reshape(-1))
+        buffer = chunks.reshape(-1)
+        if self._waiting:  # frames may still lie in it
+            self._waiting.append(partial(self._free.append, buffer))
+        else:
+            self._free.append(buffer)
 
     def finish(self) -> list[PackInfo]:
         """Publish what is open; gives all packs published. Raises StorageError, IntegrityError."""
         if self._carry is not None:
             self._emit(self._carry)
             self._carry = None
+        self._settle(0)
         self._close_pack()
         done = [each.result() for each in self._closing]
         self._closing = []
@@ -101,6 +113,7 @@ class Chunker:
     def abandon(self) -> None:
         """Drop everything, published packs too."""
         self._batches.clear()
+        self._waiting.clear()
         self._carry = None
         if self._pack is not None:
             self._pack.abandon()
@@ -114,7 +127,7 @@ class Chunker:
     def _stop(self) -> None:
         for threads in (self._publisher, self._threads):
             if threads is not None:
-                threads.shutdown()
+                threads.shutdown(cancel_futures=True)
         self._publisher = self._threads = None
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
@@ -152,16 +165,32 @@ class Chunker:
         self._emit(*frames)
 
     def _emit(self, *frames: _Chunks) -> None:
-        """Compress and pack frames."""
-        contents = [chunks.reshape(-1).data for _, chunks in frames]
-        together = self._threads is not None and len(frames) >= _WORTH_THREADS
-        compressed = (self._threads.map if together and self._threads else map)(self._compress, contents)
-        for (ids, chunks), (codec, payload) in zip(frames, compressed, strict=True):
-            if self._pack is None:
-                self._pack = PackWriter(self._storage, self._keys, layout.PACK_DATA)
-            self._pack.add(codec, chunks.shape[1], ids.tobytes(), payload)
-            if self._pack.size >= self._settings.pack_bytes:
-                self._close_pack()
+        """Compress and pack frames, at once or behind those that wait."""
+        if self._threads is None or (not self._waiting and len(frames) < _WORTH_THREADS):
+            for ids, chunks in frames:
+                self._put(ids, chunks.shape[1], *self._compress(chunks.reshape(-1).data))
+            return
+        for ids, chunks in frames:
+            compressed = self._threads.submit(self._compress, chunks.reshape(-1).data)
+            self._waiting.append(partial(self._put_compressed, ids, chunks.shape[1], compressed))
+        self._settle(_AHEAD)
+
+    def _settle(self, left: int) -> None:
+        """Take what waits, in order, until at most so many do."""
+        while len(self._waiting) > left:
+            self._waiting.popleft()()
+
+    def _put_compressed(
+        self, ids: NDArray[np.uint8], chunk_size: int, compressed: Future[tuple[int, bytes | memoryview]]
+    ) -> None:
+        self._put(ids, chunk_size, *compressed.result())
+
+    def _put(self, ids: NDArray[np.uint8], chunk_size: int, codec: int, payload: bytes | memoryview) -> None:
+        if self._pack is None:
+            self._pack = PackWriter(self._storage, self._keys, layout.PACK_DATA)
+        self._pack.add(codec, chunk_size, ids.tobytes(), payload)
+        if self._pack.size >= self._settings.pack_bytes:
+            self._close_pack()
 
     def _close_pack(self) -> None:
         """Publish the pack that is open. An error that its thread met is raised by the next call, or by `finish`."""

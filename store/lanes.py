@@ -71,7 +71,9 @@ class LocalLane:
         self._chunker = Chunker(storage, keys, settings)
 
     def drive(self, descriptor: int, chunk_size: int, batches: Iterator[Batch], judge: Judge) -> None:
-        while group := list(islice(batches, _DEPTH)):
+        count = 2  # small at first, so that compressing begins soon: the next ones are read meanwhile
+        while group := list(islice(batches, count)):
+            count = min(count * 2, _DEPTH)
             ids = [
                 self._chunker.read(token, descriptor, batch.extents, chunk_size) for token, batch in enumerate(group)
             ]

@@ -142,15 +142,17 @@ def new_keyring(
     return NewRepositoryKeys({**files, layout.keyring_name(1): data}, keys)
 
 
-def unlock(files: Mapping[str, bytes], credential: Credential) -> Keys:
+def unlock(files: Mapping[str, bytes], credential: Credential, derived: dict[bytes, bytes] | None = None) -> Keys:
     """Open the newest keyring with the slot that this passphrase or key file opens.
 
-    A slot that is damaged or missing keeps nobody else out; only when no other opens, it is what is reported.
-    Raises WrongPassphraseError, IntegrityError or FormatVersionError naming the file, StorageError (Argon2id gets no
-    memory).
+    `derived` holds what Argon2id made of this credential for slots, by their ids, each as secret as the credential:
+    what is there is used, what is not is added. A slot that is damaged or missing keeps nobody else out; only when no
+    other opens, it is what is reported. Raises WrongPassphraseError, IntegrityError or FormatVersionError naming the
+    file, StorageError (Argon2id gets no memory).
     """
     header, name = newest(files)
     kind, secret = _kind_of(credential)
+    derived = {} if derived is None else derived
     problems: list[IntegrityError | FormatVersionError] = []
     whole: list[tuple[KeyringSlot, SlotHeader, bytes]] = []
     for entry in header.slots:
@@ -161,7 +163,11 @@ def unlock(files: Mapping[str, bytes], credential: Credential) -> Keys:
     if _cost(slot for _, slot, _ in whole) > layout.MAX_KEYRING_COST:
         raise IntegrityError(name, f"trying its {len(whole)} key slots would take longer than any writer lets it take")
     for entry, slot, sealed in whole:
-        opened = _open_slot(slot, sealed, files[layout.slot_name(entry.slot_id)], secret) if slot.kind == kind else None
+        if slot.kind != kind:
+            continue
+        if entry.slot_id not in derived:
+            derived[entry.slot_id] = _derive(slot, secret)
+        opened = _open_slot(slot, sealed, files[layout.slot_name(entry.slot_id)], derived[entry.slot_id])
         if opened is not None:
             private, trusted = opened
             require_trusted(header, trusted, name)
@@ -318,7 +324,7 @@ def _new_slot(
     slot = SlotHeader(
         kind,
         new.parameters or default,
-        secrets.token_bytes(8),
+        secrets.token_bytes(layout.SLOT_ID_BYTES),
         repository_id,
         secrets.token_bytes(32),
         int(time.time()) if created is None else created,
@@ -326,7 +332,8 @@ def _new_slot(
         new.label,
     )
     clear = layout.encode_slot_header(slot)
-    data = layout.finish_slot(clear, _slot_sealer(slot, clear, secret).seal(0, private.private_bytes_raw() + trusted))
+    sealer = _slot_sealer(slot, clear, _derive(slot, secret))
+    data = layout.finish_slot(clear, sealer.seal(0, private.private_bytes_raw() + trusted))
     name = layout.slot_name(slot.slot_id)
     layout.decode_slot(data, name)
     return {name: data}, _Holder(slot.slot_id, slot.public_key, blake3(data).digest())
@@ -338,23 +345,26 @@ def _kind_of(credential: Credential) -> tuple[SlotKind, bytes]:
     return SlotKind.PASSPHRASE, credential
 
 
-def _slot_sealer(slot: SlotHeader, clear: bytes, secret: bytes) -> Sealer:
-    """The sealer of a slot's private part. The nonce argument of `Sealer` holds: the secret is Argon2id's output."""
-    name = layout.slot_name(slot.slot_id)
+def _derive(slot: SlotHeader, secret: bytes) -> bytes:
+    """The key (32) of a slot, by Argon2id. Raises StorageError where there is not the memory for it."""
     cost = slot.parameters
     argon = Argon2id(salt=slot.salt, length=32, iterations=cost.time, lanes=cost.lanes, memory_cost=cost.memory_kib)
     try:
-        key = argon.derive(secret)
+        return argon.derive(secret)
     except MemoryError as error:
-        raise StorageError(
-            name, f"opening this key slot takes {cost.memory_kib >> 10} MiB of memory: not to be had"
-        ) from error
+        need = f"opening this key slot takes {cost.memory_kib >> 10} MiB of memory: not to be had"
+        raise StorageError(layout.slot_name(slot.slot_id), need) from error
+
+
+def _slot_sealer(slot: SlotHeader, clear: bytes, key: bytes) -> Sealer:
+    """The sealer of a slot's private part. The nonce argument of `Sealer` holds: `key` is of `_derive`."""
+    name = layout.slot_name(slot.slot_id)
     return Sealer(key, layout.SEALED_SLOT, slot.repository_id, blake3(clear).digest(), 0, slot.salt, name)
 
 
-def _open_slot(slot: SlotHeader, sealed: bytes, data: bytes, secret: bytes) -> tuple[X25519PrivateKey, bytes] | None:
-    """(private key, public signing key that the slot trusts), None if the secret is not its own."""
-    sealer = _slot_sealer(slot, data[: layout.SLOT_CLEAR.size], secret)
+def _open_slot(slot: SlotHeader, sealed: bytes, data: bytes, key: bytes) -> tuple[X25519PrivateKey, bytes] | None:
+    """(private key, public signing key that the slot trusts), None if the key is of another secret."""
+    sealer = _slot_sealer(slot, data[: layout.SLOT_CLEAR.size], key)
     try:
         plain = sealer.open(0, sealed)
     except IntegrityError:  # the file is whole, its hash is right: it is the secret that is wrong

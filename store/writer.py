@@ -39,8 +39,9 @@ _BATCH_RANGES = 512
 """So that all that is on its way to a worker (8 KiB a batch) fits its pipe: nobody waits for somebody who waits."""
 _WINDOW = 1 << 18
 """Changed chunks after which a page map is brought up to date: bounds memory (40 bytes each)."""
-_BEFORE_WINDOW = 1 << 15
-"""Chunks of the parent's page map that are held for comparison: 1 MiB of ids, three at a time."""
+_BEFORE_WINDOW = 1 << 13
+"""Chunks of the parent's page map that are held for comparison: 256 KiB of ids, three at a time. Larger ones took so
+long to read that workers ran out of batches meanwhile."""
 _DENSE = 8
 """A batch that spans at most so many chunks for each that it has is compared window by window."""
 _READ_ANYWAY = 64 << 10
@@ -154,9 +155,10 @@ class GenerationWriter:
         then stand in `forgotten`. Raises QuotaError where that does not help, StorageError, IntegrityError,
         WorkerError: then nothing was committed (UncertainCommitError: perhaps).
         """
-        for lane in (self._workers, self._local, self._nodes):
+        self._published += self._nodes.finish()
+        for lane in (self._workers, self._local):  # after the nodes: frames of theirs may still be being compressed
             if lane is not None:
-                self._published += lane.finish()
+                self._published[:0] = lane.finish()
         if self._published:
             self._repository.storage.settle("packs")
         try:
@@ -372,4 +374,4 @@ def _batches(present: Extents, chunk: int) -> Iterator[Batch]:
 
 def _batch(rows: list[tuple[int, int]], chunk: int) -> Batch:
     extents = np.array(rows, np.int64)
-    return Batch(extents, ranges.numbers(ranges.normalise(extents), chunk))
+    return Batch(extents, ranges.numbers(extents, chunk))

@@ -303,7 +303,9 @@ def test_a_slot_opens_with_one_passphrase_only():
     slot, _ = layout.decode_slot(files[name], name)
     clear = files[name][:184]
     plain = X25519PrivateKey.generate().private_bytes_raw() + keys.public_key
-    files[name] = layout.finish_slot(clear, slots._slot_sealer(slot, clear, b"second").seal(0, plain))
+    files[name] = layout.finish_slot(
+        clear, slots._slot_sealer(slot, clear, slots._derive(slot, b"second")).seal(0, plain)
+    )
     holder = slots._Holder(slot.slot_id, slot.public_key, blake3(files[name]).digest())
     files["keyring/00000001"] = slots._seal_keyring(keys.header, keys.secrets(), [holder], b"")[0]
     with pytest.raises(WrongPassphraseError):
