@@ -6,6 +6,8 @@ Blocking calls of the repository's thread.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from base import extents as ranges
 from base.extents import Extents
@@ -15,8 +17,11 @@ from store.repository import Repository
 from vm.memory import Memory
 
 
-def again(repository: Repository, generation: Generation) -> Generation:
-    """A generation that equals an older one and follows it: history goes on from there. Raises StorageError."""
+def again(repository: Repository, generation: Generation, more: Mapping[str, Any] | None = None) -> Generation:
+    """A generation that equals an older one and follows it: history goes on from there. `more` metadata than it has.
+
+    Raises StorageError.
+    """
     with repository.writer(generation.vm, generation) as writer:
         for region in generation.regions.values():
             writer.region(
@@ -26,7 +31,7 @@ def again(repository: Repository, generation: Generation) -> Generation:
                 chunk_size=region.root.chunk_size,
                 kept_bytes=region.kept_bytes,
             )
-        return writer.commit("rollback", metadata=generation.metadata)
+        return writer.commit("rollback", metadata={**generation.metadata, **(more or {})})
 
 
 def kept_of(repository: Repository, generation: Generation, cause: str) -> Generation:

@@ -30,6 +30,8 @@ from capture.journal import Journal
 from capture.trackers import ScanTracker
 from capture.tracking import start_tracking
 from perdure import heads, resuming
+from perdure.disk_state import TOKEN
+from perdure.disks import Disks
 from perdure.machine import Machine
 from perdure.measurements import compare, measure
 from restore.eager import Restored, read_devices, restore_regions
@@ -110,6 +112,7 @@ class Launcher:
         self._state = state
         self._disk = Disk()
         self.measurements = measure(description)
+        self.disks = Disks(description, folder, state)
 
     def find(self) -> Qemu | None:
         """The QEMU of an earlier supervisor, if it still runs."""
@@ -164,13 +167,13 @@ class Launcher:
             files = {name: BackingFile(name, self.folder.path, 0) for name in self.description.backing_sizes}
             argv = command_line(self.description, platform, self.folder, files)
             resuming.require_same_devices(resumed, devices_of(argv))
-            resuming.require_disks(repository, resumed, self.description)
+            resuming.require_same_disks(resumed, self.description)
         memory = Memory.prepare(
             self.description.name,
             self._free_folder(),
             self.description.backing_sizes,
             replaces=replaces,
-            beside=0 if generation is None else generation.region_bytes,
+            beside=0 if generation is None else _memory_bytes(generation),
         )
         try:
             restored = devices = None
@@ -187,15 +190,25 @@ class Launcher:
                 memory.release()
             raise
 
-    def go_on_from(self, repository: Repository, prepared: Prepared) -> Prepared:
+    def go_on_from(self, repository: Repository, prepared: Prepared, *, drop_disks: bool = False) -> Prepared:
         """Blocking: where an older generation was prepared, or only a part of one, add one to history that equals it
         and follows it, so that the latest is always what the VM goes on from, also after a power loss.
 
-        Raises StorageError.
+        The disks are made with it, where a generation is resumed that has some, and served. `drop_disks`: images that
+        were disks until now are removed when the guest goes on. Raises StorageError, WorkerError, VirtualMachineError.
         """
+        prepared = self._head(repository, prepared, drop_disks)
+        self.disks.serve(repository)
+        return prepared
+
+    def _head(self, repository: Repository, prepared: Prepared, drop_disks: bool) -> Prepared:
         latest = repository.latest(self.description.name)
         if prepared.parent is None or latest is None:
             return prepared
+        with_disks = prepared.devices is not None and resuming.disks_of(prepared.parent)
+        if with_disks and not self.disks.pristine(prepared.parent):
+            with self.disks.going_back(repository, prepared.parent, drop=drop_disks) as token:
+                return replace(prepared, parent=heads.again(repository, prepared.parent, {TOKEN: token}))
         older = latest.id != prepared.parent.id
         if prepared.parent.full and prepared.devices is None:
             return replace(prepared, parent=heads.kept_of(repository, prepared.parent, "rollback" if older else "boot"))
@@ -210,11 +223,12 @@ class Launcher:
         """
         try:
             argv = command_line(
-                self.description,
+                self.disks.description,
                 prepared.platform,
                 self.folder,
                 prepared.memory.files,
                 incoming=prepared.devices is not None,
+                fillings=self.disks.fillings(),
             )
             facts = _Facts(prepared.platform, prepared.memory.folder.name, prepared.accelerator_reason)
             qemu = await elsewhere(lambda: Qemu.launch(self.folder, argv, self._disk, _encode(facts)))
@@ -235,7 +249,10 @@ class Launcher:
             else:
                 await migration.load(monitor, prepared.devices)
             await self.before_boot(machine)
+            await elsewhere(self.disks.begun)
             await monitor.cont()
+            with suppress(StorageError):  # the next launch tries again
+                await elsewhere(self.disks.remove_left)
             return machine
         except BaseException:
             if monitor is not None:
@@ -267,6 +284,7 @@ class Launcher:
         try:
             await migration.clean_up(monitor)
             await disks.release(monitor, self.folder, disks.captured(self.description))
+            await elsewhere(lambda: self.disks.taken_over(repository))
             await hold.hold_on_reset(monitor)
             addresses = await monitor.address_map(int(self.description.memory))
             table = RegionTable.load(memory.folder / _TABLE, self.description.name, self._devices(addresses))
@@ -355,7 +373,7 @@ class Launcher:
         )
         self.note_parent(prepared.parent)
         return Machine(
-            description=self.description,
+            description=self.disks.description,
             platform=prepared.platform,
             qemu=qemu,
             monitor=monitor,
@@ -466,6 +484,11 @@ class Launcher:
 
     def _release(self, folder: Path) -> None:
         Memory(self.description.name, folder, {}).release()
+
+
+def _memory_bytes(generation: Generation) -> int:
+    """Bytes of a generation that go into memory; disks do not."""
+    return sum(region.kept_bytes for region in generation.regions.values() if region.kind != "disk")
 
 
 def _verify_empty(memory: Memory, table: RegionTable) -> None:

@@ -39,6 +39,7 @@ class Requests:
             "snapshot": self._snapshot,
             "rollback": self._rollback,
             "regions": self._regions,
+            "disks": self._disks,
             "mark": self._mark,
             "unmark": self._unmark,
         }
@@ -94,7 +95,17 @@ class Requests:
         if supervisor.state in ("running", "held"):
             document |= supervisor.machine.status()
             document["agent"] = self._agent
+            document["disks"] = self._disk_facts()
         return document
+
+    def _disk_facts(self) -> list[dict[str, Any]]:
+        supervisor = self._supervisor
+        found = supervisor.launcher.disks.facts()
+        return found if supervisor.filling is None else [supervisor.filling.fact(each) for each in found]
+
+    async def _disks(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del arguments, progress
+        return {"vm": self._supervisor.vm, "disks": self._disk_facts()}
 
     async def _stop(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del progress

@@ -2,7 +2,7 @@
 
 QEMU loads a state only into the machine that it was saved from: the same versioned machine type, CPU model, memory
 and devices. Where the description leaves the choice (a machine alias, no CPU), what was recorded is used and not what
-the words mean today. And it goes on only with disks that hold what they held at that instant.
+the words mean today. And it goes on only with disks that hold what they held at that instant (perdure.disks).
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from base.errors import ConflictError, IntegrityError
-from restore.eager import verify_disk
+from base.errors import ConflictError
 from store.records import Generation
-from store.repository import Repository
 from vm.command_line import Platform
 from vm.config import DISK_PREFIX, Description
 
@@ -84,41 +82,10 @@ def disks_of(generation: Generation) -> list[str]:
     return [name.removeprefix(DISK_PREFIX) for name in generation.regions if name.startswith(DISK_PREFIX)]
 
 
-def require_no_disks(generation: Generation) -> None:
-    """Raises ConflictError where a running VM would need other content on its disks."""
-    if disks_of(generation):
-        raise ConflictError(
-            f"{generation.name} has disks, and those of a running VM are not changed: stop it, "
-            f"{_disk_hint(generation, disks_of(generation)[0])} "
-            f"({_BOOT_HINT})"
-        )
-
-
-def require_disks(repository: Repository, generation: Generation, description: Description) -> None:
-    """Blocking: raises ConflictError unless the VM's disks are those of a generation and hold what it has of them."""
-    there = {disk.name: disk for disk in description.disks if not disk.readonly}
-    names = disks_of(generation)
-    _require(generation, [f"disk {name} is in only one of them" for name in sorted(set(there) ^ set(names))])
-    for name in names:
-        disk, problem = there[name], "it is not raw"
-        if disk.format == "raw":
-            try:
-                verify_disk(repository, generation, f"{DISK_PREFIX}{name}", disk.file)
-                continue
-            except (IntegrityError, ConflictError) as error:
-                problem = str(error)
-        raise ConflictError(
-            f"disk {name} ({disk.file}) is not as in {generation.name}: {problem}: {_disk_hint(generation, name)} "
-            f"({_BOOT_HINT})"
-        )
-
-
-def _disk_hint(generation: Generation, name: str) -> str:
-    point = generation.name
-    return (
-        f"`perdure export {point} {DISK_PREFIX}{name} FILE`, name FILE in the description with format raw, and "
-        f"`perdure run` it --from {point}"
-    )
+def require_same_disks(generation: Generation, description: Description) -> None:
+    """Raises ConflictError unless the VM has the disks that a generation has, by their names."""
+    there = {disk.name for disk in description.disks if not disk.readonly}
+    _require(generation, [f"disk {name} is in only one of them" for name in sorted(there ^ set(disks_of(generation)))])
 
 
 def version_warning(generation: Generation, now: Platform) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from base.errors import ConflictError, UsageError
 from perdure import documents
 from perdure.opening import opened, repository_path, with_room
 from perdure.output import Output, moment, table
+from store import needs
 from store.records import Generation
 from store.repository import Repository
 from store.retention.policy import Policy, parse_span
@@ -110,7 +111,12 @@ def _chosen(repository: Repository, options: Namespace, given: Policy) -> Iterat
 
 
 def _plan(repository: Repository, vm: str, policy: Policy) -> list[Verdict]:
-    return plan(repository.generations(vm), policy, datetime.now(UTC))
+    """What the rules say, and who needs a generation whatever they say."""
+    needed = needs.of(repository.leases)
+    return [
+        Verdict(each.generation, (*each.reasons, "needed") if each.generation.sequence in needed else each.reasons)
+        for each in plan(repository.generations(vm), policy, datetime.now(UTC))
+    ]
 
 
 def _carried_out(repository: Repository, verdicts: list[Verdict]) -> list[Verdict]:

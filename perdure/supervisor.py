@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from perdure import documents, resuming
 from perdure.control import serve
 from perdure.disk_texts import reads_text
 from perdure.execution import DiskInstant, Execution, settle_bitmaps
+from perdure.filling import Filling
 from perdure.launcher import Launcher
 from perdure.machine import Machine
 from perdure.requests import Requests
@@ -80,6 +82,8 @@ class Supervisor:
         self._tidying: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._requests = Requests(self)
+        self.filling: Filling | None = None
+        """Of the disks that went back, while there is a QEMU."""
 
     @property
     def machine(self) -> Machine:
@@ -166,8 +170,6 @@ class Supervisor:
         async with self._operation:
             machine = self.machine
             generation = await self.in_store(lambda: self._own(point))
-            if generation.full and not boot:
-                resuming.require_no_disks(generation)
             prepared = await self.in_store(
                 lambda: self.launcher.prepare(self.repository, generation, progress, machine.memory, boot=boot)
             )
@@ -176,7 +178,10 @@ class Supervisor:
                 if not discard:
                     captured = await self._capture_before_rollback(machine, full=prepared.devices is not None)
                 await machine.stop()
-                head = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
+                drops = discard or (captured is not None and captured.generation.full)
+                head = await self.in_store(
+                    lambda: self.launcher.go_on_from(self.repository, prepared, drop_disks=drops)
+                )
             except BaseException:
                 await self.in_store(prepared.discard)
                 await self._go_on(machine)
@@ -209,6 +214,10 @@ class Supervisor:
             await self.in_store(lambda: self.launcher.undo_launch(unborn))
             self.say(f"{self.vm} had been launched by a supervisor that ended before the guest began: once more")
         generation = await self.in_store(lambda: begin(qemu is not None, self._unless_leaving))
+        if qemu is None:
+            await self.in_store(lambda: self.launcher.disks.settle(self.repository))
+        for line in self.launcher.disks.remarks():
+            self.say(f"{self.vm}: {line}")
         if qemu is not None:
             await self._adopt(qemu)
         else:
@@ -216,7 +225,8 @@ class Supervisor:
 
     async def _launch(self, generation: Generation | None, boot: bool | None) -> None:
         if boot is None:
-            boot = generation is not None and generation.full and bool(resuming.disks_of(generation))
+            with_disks = generation is not None and generation.full and bool(resuming.disks_of(generation))
+            boot = generation is not None and with_disks and not self.launcher.disks.pristine(generation)
             if generation is not None and boot:
                 self.say(f"{generation.name} is full and has disks: the VM boots; --from {generation.name} goes back")
         try:
@@ -254,6 +264,8 @@ class Supervisor:
         self._machine = machine
         self.state = "running"
         machine.open_channel(self._requests, self.say)
+        self.filling = Filling(machine.monitor, self.launcher.disks, machine.description, self.say)
+        self.filling.begin()
         self._watcher = asyncio.create_task(self._watch(machine))
         self._watcher.add_done_callback(self._watched)
 
@@ -279,6 +291,7 @@ class Supervisor:
         async with self._operation:
             self._machine = None
             self.say(f"{self.vm}: {machine.last_words()}")
+            await self._end_filling()
             await machine.disconnect()
             saved = await self.in_store(lambda: self.launcher.salvage(self.repository, self._progress))
             if saved is not None:
@@ -371,12 +384,13 @@ class Supervisor:
                 progress=progress or self._progress,
             )
 
-        try:
-            done = await self.in_store(work)
-            machine.committed(done)
-        finally:
-            if disks is not None:
-                await settle_bitmaps(machine, self.repository, self.in_store)
+        async with self.filling.paused(while_=full) if self.filling is not None else nullcontext():
+            try:
+                done = await self.in_store(work)
+                machine.committed(done)
+            finally:
+                if disks is not None:
+                    await settle_bitmaps(machine, self.repository, self.in_store)
         self._tidying = asyncio.create_task(self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS)))
         self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
         for line in (*reads_text(reads_of(done.generation)), *documents.forgotten_text(done.forgotten)):
@@ -399,12 +413,22 @@ class Supervisor:
         self._machine = None
         if self._watcher is not None and self._watcher is not asyncio.current_task():
             self._watcher.cancel()
+        await self._end_filling()
         await machine.quit()
 
+    async def _end_filling(self) -> None:
+        if self.filling is not None:
+            filling, self.filling = self.filling, None
+            await filling.close()
+
     async def _let_go(self) -> None:
-        """Leave a running QEMU to the next supervisor."""
+        """Leave a running QEMU, and the servers of its disks, to the next supervisor."""
         if self._watcher is not None:
             self._watcher.cancel()
+        await self._end_filling()
+        if self._machine is None:
+            self.launcher.disks.end_servers()
+        self.launcher.disks.let_go()
         if self._machine is not None:
             machine, self._machine = self._machine, None
             await machine.disconnect()

@@ -161,6 +161,10 @@ def _status_text(found: dict[str, Any]) -> Iterator[str]:
             f"region       {name}: {format_size(region['kept_bytes'])} kept of {format_size(region['size'])}, "
             f"{region['mode']}"
         )
+    for disk in found.get("disks", []):
+        from perdure.disk_commands import state_text
+
+        yield f"disk         {disk['disk']}: {disk['path']}, {state_text(disk)}"
     for warning in found.get("warnings", []):
         yield f"warning      {warning}"
 

@@ -45,23 +45,6 @@ def read_devices(repository: Repository, generation: Generation) -> bytes:
         return b"".join(reader.stream(reader.region(DEVICES)))
 
 
-def verify_disk(repository: Repository, generation: Generation, name: str, path: Path) -> None:
-    """Prove that a raw image holds what a generation has of a disk; nobody may write it meanwhile.
-
-    Raises IntegrityError where it differs, ConflictError where it has another size, NotFoundError, StorageError.
-    """
-    with GenerationReader(repository, generation) as reader:
-        region = reader.region(name)
-        descriptor = _open(path, os.O_RDONLY)
-        try:
-            size = os.lseek(descriptor, 0, os.SEEK_END)
-            if size != region.root.length:
-                raise ConflictError(f"{path} has {size} bytes, and {name} of {generation.name} {region.root.length}")
-            reader.verify(region, descriptor, str(path))
-        finally:
-            os.close(descriptor)
-
-
 def restore_regions(
     repository: Repository, generation: Generation, files: Mapping[str, Path], progress: Progress = silent
 ) -> Restored:

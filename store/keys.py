@@ -2,8 +2,8 @@
 
 Owns the derivation of every key, every AES-256-GCM call and every nonce of the store; `store.slots` makes and opens
 the files that keys come from, and nothing else touches either. Invariants: a nonce never meets the same AES key with
-different input (argued at `Sealer`); nothing here prints, pickles or logs a secret; what a worker process needs leaves
-only through `worker_material`, without the signing key.
+different input (argued at `Sealer`); nothing here prints, pickles or logs a secret; what another process needs leaves
+only through `worker_material` or `handover`, without the signing key.
 
 Everything is immutable once made and may be shared between threads. Processes get `worker_material` through a pipe.
 Python cannot wipe memory: secrets live until the process ends.
@@ -12,7 +12,8 @@ Python cannot wipe memory: secrets live until the process ends.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from blake3 import blake3
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -35,12 +36,17 @@ from store.format_keys import (
     KeyringHeader,
     Secret,
     SigningKey,
+    decode_keyring,
+    decode_keyring_body,
+    encode_keyring_body,
+    keyring_name,
 )
 
 Bytes = bytes | bytearray | memoryview
 
 _WORKER = struct.Struct("<16s32sII")
 _WORKER_EPOCH = struct.Struct("<I32s")
+_HANDOVER = struct.Struct("<Q32s8s")
 
 
 def signer_of(signing_keys: Sequence[SigningKey], epoch: int) -> bytes:
@@ -206,6 +212,26 @@ class Keys(DataKeys):
             Ed25519PublicKey.from_public_bytes(public_key).verify(signature, data)
         except (InvalidSignature, ValueError) as error:
             raise IntegrityError(name, "its signature is wrong: damaged, or written by somebody else") from error
+
+    def handover(self) -> bytes:
+        """What another process of this user needs to read, to be sent through a pipe and never stored or logged. The
+        signing key is not in it."""
+        body = replace(self._body, signing_private=bytes(KEY_BYTES))
+        return _HANDOVER.pack(self.header.number, self.keyring_hash, self.slot_id) + encode_keyring_body(body)
+
+    @classmethod
+    def from_handover(cls, material: bytes, keyring: Callable[[str], bytes]) -> Keys:
+        """The other end of `handover`; what this signs is worth nothing. `keyring` gives the file of a storage name.
+
+        Raises IntegrityError, and what `keyring` raises.
+        """
+        number, keyring_hash, slot_id = _HANDOVER.unpack_from(material)
+        name = keyring_name(number)
+        data = keyring(name)
+        if blake3(data).digest() != keyring_hash:
+            raise IntegrityError(name, "is not the keyring that was opened")
+        body = decode_keyring_body(material[_HANDOVER.size :], name)
+        return cls(decode_keyring(data, name)[0], body, keyring_hash, slot_id)
 
     def secrets(self) -> KeyringBody:
         """For `store.slots`, which seals them again into the next keyring."""

@@ -30,6 +30,7 @@ from pathlib import Path
 import msgspec
 
 from base.errors import StorageError
+from store import needs
 
 WRITER, READER = "writer", "reader"
 
@@ -125,8 +126,15 @@ def take(
 
 
 def held(folder: Path) -> list[HeldLease]:
-    """Leases that are alive; dead ones are removed on the way. Raises StorageError."""
-    alive = []
+    """Leases that are alive; dead ones are removed on the way. Needs are among them, as of readers.
+
+    Raises StorageError.
+    """
+    alive = [
+        HeldLease(name, LeaseFacts(sequence=0, purpose=need.purpose, pid=0, host=need.host, since=need.since,
+                                   role=READER, generations=need.generations))
+        for name, need in needs.listed(folder)
+    ]  # fmt: skip
     path = folder
     try:
         for path in folder.iterdir():

@@ -31,6 +31,7 @@ from base.errors import (
 )
 from base.progress import Progress, silent
 from store import format as layout
+from store import needs
 from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
 from store.format_keys import keyring_name
 from store.history import History
@@ -158,7 +159,7 @@ class Ledger:
     def forget(self, generation: Generation) -> None:
         """Append a tombstone; the generation's number is never used again. Raises StorageError.
 
-        Raises ConflictError if it is protected by now, whoever did that.
+        Raises ConflictError if it is protected or needed by now, whoever did that.
         """
         body = TombstoneBody(time=now(), host=socket.gethostname())
 
@@ -167,6 +168,7 @@ class Ledger:
             if self.catalog.is_protected(txn, vm_id, number):
                 name = generation.name
                 raise ConflictError(f"{name} is protected: `perdure unprotect {name}` first")
+            needs.require_none(self.path / "leases", generation.name, generation.sequence)
             return body, vm_id, number, layout.ZERO_ID
 
         self._commit(layout.RECORD_TOMBSTONE, named, [])

@@ -55,9 +55,14 @@ _Run = Callable[[Callable[[_Job], _Outcome], list[_Job]], Iterable[_Outcome]]
 class GenerationReader:
     """One generation, open for reading; a context manager."""
 
-    def __init__(self, repository: Repository, generation: Generation) -> None:
+    def __init__(self, repository: Repository, generation: Generation, *, needed: bool = False) -> None:
+        """`needed`: a record of store.needs keeps what it stands on, also if it is forgotten by now.
+
+        Raises NotFoundError for one that was forgotten otherwise.
+        """
         self._repository, self.generation = repository, generation
-        self._lease = repository.lease(leases.READER, f"reader of {generation.name}", [generation])
+        stands_on = [] if needed else [generation]
+        self._lease = repository.lease(leases.READER, f"reader of {generation.name}", stands_on)
 
     def __enter__(self) -> GenerationReader:
         return self
@@ -80,6 +85,12 @@ class GenerationReader:
         size = region.root.chunk_size
         for numbers, _ in self._leaves(region):
             yield ranges.intersect(ranges.from_numbers(numbers, size), ranges.normalise([(0, region.root.length)]))
+
+    def data(self, region: Region, start: int, end: int) -> Extents:
+        """Where bytes [start, end) of a region are not zero, in whole chunks."""
+        size = region.root.chunk_size
+        numbers, _ = _collect(pagemap.leaves(region.root, self._repository.nodes, start // size, -(-end // size)))
+        return ranges.from_numbers(numbers, size)
 
     def holes(self, region: Region) -> Extents:
         """Ranges of bytes of a region that are lost, as far as that shows without reading data."""

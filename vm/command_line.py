@@ -66,9 +66,11 @@ def command_line(
     files: Mapping[str, BackingFile],
     *,
     incoming: bool = False,
+    fillings: Mapping[str, Mapping[str, Any]] = {},
 ) -> list[str]:
     """All arguments, the program first. `files` has a backing file for main memory and for each region. `incoming`:
-    it waits for a device state to be loaded, and leaves alone what is in memory."""
+    it waits for a device state to be loaded, and leaves alone what is in memory. `fillings`: by disk, the block node
+    behind an image that is not filled yet (vm.overlays)."""
     return [
         str(platform.binary),
         *("-name", f"guest={vm.name},process=perdure-{vm.name}", "-uuid", platform.uuid),
@@ -80,7 +82,7 @@ def command_line(
         *_firmware(platform),
         *_boot(vm),
         *(("-device", _json({"driver": "vmgenid", "guid": "auto"})) if platform.generation_id else ()),
-        *(argument for disk in vm.disks for argument in _disk(disk, vm)),
+        *(argument for disk in vm.disks for argument in _disk(disk, vm, fillings.get(disk.name))),
         *vm.extra,
         *(("-incoming", "defer") if incoming else ()),
     ]
@@ -135,7 +137,7 @@ def _boot(vm: Description) -> Iterator[str]:
             yield from (option, str(value))
 
 
-def _disk(disk: Disk, vm: Description) -> Iterator[str]:
+def _disk(disk: Disk, vm: Description, filling: Mapping[str, Any] | None) -> Iterator[str]:
     """A protocol node, a format node, and the device; disks boot in their order if there is no kernel."""
     common: dict[str, Any] = {
         "read-only": disk.readonly,
@@ -145,10 +147,11 @@ def _disk(disk: Disk, vm: Description) -> Iterator[str]:
     if disk.file.is_block_device():
         file["driver"] = "host_device"
     yield from ("-blockdev", _json(file))
-    yield from (
-        "-blockdev",
-        _json({"driver": disk.format, "node-name": f"disk-{disk.name}", "file": f"file-{disk.name}", **common}),
-    )
+    image = {"driver": disk.format, "node-name": f"disk-{disk.name}", "file": f"file-{disk.name}", **common}
+    if filling is not None:
+        yield from ("-blockdev", _json(dict(filling)))
+        image["backing"] = filling["node-name"]
+    yield from ("-blockdev", _json(image))
     device: dict[str, Any] = {"driver": "virtio-blk-pci", "id": f"drive-{disk.name}", "drive": f"disk-{disk.name}"}
     device["serial"] = disk.name[:20]  # what the guest can read of it
     if vm.kernel is None:

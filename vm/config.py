@@ -80,6 +80,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When the supervisor is asked to end, and so the VM with it."""
     tracker: Literal["auto", "scan", "userfaultfd"] = "auto"
     measurements: Literal["require", "warn", "ignore"] = "warn"
+    fill_bandwidth: Size = Size(64 << 20)
+    """Bytes a second with which the image of a disk that went back is filled, while the guest uses it; 0: no limit."""
 
 
 class Hooks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,6 +107,8 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     qemu: str = "qemu-system-x86_64"
     extra: tuple[str, ...] = ()
     repository: str | None = None
+    overlays: Path | None = None
+    """Folder of the images of disks that went back to a generation; else a folder beside each disk's file."""
     regions: tuple[Region, ...] = msgspec.field(name="region", default=())
     disks: tuple[Disk, ...] = msgspec.field(name="disk", default=())
     policy: Policy = Policy()

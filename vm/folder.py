@@ -23,7 +23,7 @@ class RuntimeFolder:
 
     def check(self) -> None:
         """Raises UsageError if sockets in the folder would have too long names."""
-        longest = max(len(str(socket).encode()) for socket in (self.monitor, self.agent, self.control, self.disks))
+        longest = max(len(str(socket).encode()) for socket in (self.monitor, self.images(8 * "x")))
         if longest > SOCKET_PATH_BYTES_MAX:
             raise UsageError(
                 f"VM {self.vm}: a socket in {self.path} would have a path of {longest} bytes, and no more than "
@@ -58,6 +58,10 @@ class RuntimeFolder:
     def disks(self) -> Path:
         """QEMU listens here while disks are captured."""
         return self.path / "disks.sock"
+
+    def images(self, token: str) -> Path:
+        """A server of ours listens here, from which disks are filled that went back; `token` is 8 characters."""
+        return self.path / f"then-{token}.sock"
 
     @property
     def process(self) -> Path:

@@ -391,16 +391,9 @@ cache = "none"
         no_nodes_are_left(vm)
         made = judged_with_disks(vm)
         point, booted, steps = f"{NAME}@{made['generation']}", vm.guest.boot_id, disk_walked(vm)
-        assert "those of a running VM are not changed" in vm.refused("rollback", point)
         vm.perdure("stop", NAME)
         assert vm.run.ended() == 0
-        run = vm.start("--from", point)
-        assert run.ended() == 1
-        assert f"is not as in {point}" in run.text
-        assert f"perdure export {point} disk:one FILE" in run.text
-        description = (vm.folder / "VM.toml").read_text()
-        changed = description.replace('"one"\n[[', '"one.out"\n[[').replace('"two"\nformat = "qcow2"', '"two.out"')
-        (vm.folder / "VM.toml").write_text(changed)
+        (vm.folder / "two").write_bytes(b"")  # nobody needs it, nor is it written
         boot_or_resume(vm, "--from", point)
         assert vm.guest.boot_id == booted
         assert disk_walked(vm) < steps

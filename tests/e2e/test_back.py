@@ -1,0 +1,176 @@
+"""Going back with disks, end to end, on real QEMU: images on an export of the generation, filled beside the guest.
+
+Judged by a guest that checks its own memory and every block of its disks, and by qemu-img against copies that somebody
+else made of the disks at the instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supervised import NAME, SECONDS, Image, Supervised
+from test_full import (
+    DISK_BLOCKS,
+    ON_DISK,
+    ORDINARY,
+    boot_or_resume,
+    disk_walked,
+    goes_on,
+    image,
+    judged_with_disks,
+    writes_on,
+)
+from test_survival import boot
+
+pytestmark = pytest.mark.qemu
+
+SETTINGS = """
+[[disk]]
+name = "one"
+file = "one"
+[[disk]]
+name = "two"
+file = "two"
+format = "qcow2"
+cache = "none"
+"""
+
+
+@contextlib.contextmanager
+def reported(vm: Supervised) -> Iterator[None]:
+    """What the VM said is shown for a test that fails."""
+    try:
+        yield
+    except BaseException:
+        print(vm.report())
+        raise
+
+
+def described(vm: Supervised) -> None:
+    """Images with content, and so little bandwidth that filling lasts until the judge gives more."""
+    (vm.folder / "one").write_bytes(bytes(8 << 20) + os.urandom(32 << 20) + bytes(24 << 20))
+    image("create", "-f", "qcow2", vm.folder / "two", "24M")
+    path = vm.folder / "VM.toml"
+    path.write_text(path.read_text().replace("[policy]\n", "[policy]\nfill_bandwidth = 0x10000\n"))
+
+
+def hashed(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def disks(vm: Supervised) -> dict[str, Any]:
+    return {each["disk"]: each for each in vm.perdure("disks", NAME)["disks"]}
+
+
+def server(vm: Supervised) -> tuple[int, Path]:
+    """The process that serves the disks of now, and its socket."""
+    [path] = vm.runtime.glob("then-*.json")
+    return int(json.loads(path.read_text())["pid"]), path.with_suffix(".sock")
+
+
+def needs(vm: Supervised) -> list[Path]:
+    return list((vm.repository / "leases").glob("need-*"))
+
+
+def let_fill(vm: Supervised) -> None:
+    """Give the jobs all bandwidth, until there is nothing left to do and nobody behind the disks."""
+
+    def done() -> bool:
+        for job in vm.judge.execute("query-block-jobs"):
+            with contextlib.suppress(AssertionError):  # it ends as it is asked
+                vm.judge.execute("block-job-set-speed", device=job["device"], speed=0)
+        return all(each["state"] == "filled" for each in disks(vm).values())
+
+    vm.until(done, "the disks are filled")
+    vm.until(lambda: not list(vm.runtime.glob("then-*.sock")), "the server has ended")
+
+
+def left_at(vm: Supervised) -> int:
+    """The last step of the walk over disks that is on them."""
+    steps = """
+def steps(disk):
+    buffer = mmap.mmap(-1, 65536)
+    for at in range(64):
+        os.preadv(disk, [buffer], at * 65536)
+        yield memoryview(buffer).cast("Q")[0]
+disk = os.open("/dev/vda", os.O_RDONLY | os.O_DIRECT)
+"""
+    vm.guest.run(steps)
+    return int(vm.guest.run("max(steps(disk))"))
+
+
+def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
+    with contextlib.closing(Supervised(guest_image, settings=SETTINGS)) as vm, reported(vm):
+        described(vm)
+        boot(vm)
+        vm.guest.run(ORDINARY + ON_DISK)
+        writes_on(vm)
+        point = f"{NAME}@{judged_with_disks(vm)['generation']}"
+        booted, then = vm.guest.boot_id, disk_walked(vm)
+        writes_on(vm)
+        done = vm.perdure("rollback", point)
+        before = {name: hashed(vm.folder / name) for name in ("one", "two")}
+        assert done["resumed"] and done["captured"]
+        assert vm.guest.wait_ready(SECONDS) == booted
+        assert disk_walked(vm) < then
+        for name in ("one", "two"):  # the judge's copies of that instant
+            socket = server(vm)[1]
+            image("compare", "-f", "raw", f"nbd+unix:///{name}?socket={socket}", vm.folder / f"{name}.judge")
+        now = disks(vm)
+        assert {each["state"] for each in now.values()} == {"filling"}
+        assert {Path(each["first_path"]).name for each in now.values()} == {"one", "two"}
+        assert all(Path(each["path"]).stat().st_mode & 0o777 == 0o600 for each in now.values())
+        os.kill(server(vm)[0], signal.SIGKILL)
+        writes_on(vm)  # which reads every block
+        goes_on(vm)
+        assert f"{point} is needed by disk " in vm.refused("forget", point)
+        vm.run.kill()
+        os.kill(server(vm)[0], signal.SIGKILL)
+        boot(vm)
+        writes_on(vm)
+        let_fill(vm)
+        assert not needs(vm)
+        for name, each in disks(vm).items():
+            assert "backing-filename" not in json.loads(
+                subprocess.check_output(["qemu-img", "info", "-U", "--output=json", each["path"]])
+            ), name
+        writes_on(vm)
+        made = vm.log()[-1]["generation"]
+        vm.tell_hook("fail")
+        assert "hook before_boot" in vm.refused("rollback", point)  # when there is a head already, and no guest
+        assert vm.run.ended() == 1
+        boot_or_resume(vm)
+        assert vm.guest.boot_id == booted
+        assert disk_walked(vm) < then + DISK_BLOCKS
+        writes_on(vm)
+        assert len(list((vm.folder / "perdure-overlays").iterdir())) == 2  # those before were captured, and are gone
+        assert [each["cause"] for each in vm.log()[made:]] == ["before rollback", "rollback"]
+        vm.guest.run("finish()")  # in the middle of a step the disks differ
+        vm.lose_power()
+        boot(vm)  # disks are still being filled, and as the guest has left them
+        assert (
+            f"disk one is {disks(vm)['one']['path']} since it went back to {point}, which is being filled"
+            in vm.run.text
+        )
+        assert vm.guest.boot_id != booted
+        vm.guest.run(ORDINARY + ON_DISK.replace("[0], []", f"[{left_at(vm)}], []"))
+        writes_on(vm)
+        let_fill(vm)
+        vm.perdure("stop", NAME)
+        assert vm.run.ended() == 0
+        vm.perdure("forget", point)
+        assert [each["state"] for each in disks(vm).values()] == ["filled", "filled"]
+        vm.perdure("disks", NAME, "--reset", "one")
+        assert [each["disk"] for each in vm.perdure("disks", NAME)["left"]] == ["one"]
+        vm.perdure("disks", NAME, "--clean")
+        assert len(list((vm.folder / "perdure-overlays").iterdir())) == 1
+        assert before == {name: hashed(vm.folder / name) for name in ("one", "two")}
