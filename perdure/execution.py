@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from base.errors import PerdureError, VirtualMachineError
+from base.errors import VirtualMachineError
 from capture.disks import CapturedDisk, token_of
 from perdure.machine import Machine
-from store.repository import Repository
+from store.records import Generation
 from vm import bitmaps, disks, migration
-from vm.config import DISK_PREFIX
+from vm.bitmaps import Followed
 from vm.nbd import Export
 
 T = TypeVar("T")
-"""Result of a coroutine, or of blocking work."""
-
-
-class Elsewhere(Protocol):
-    """Runs blocking work in the repository's thread."""
-
-    def __call__(self, work: Callable[[], T]) -> Coroutine[Any, Any, T]:
-        """Gives its result."""
+"""Result of a coroutine."""
 
 
 class Execution:
@@ -68,23 +61,21 @@ class DiskInstant:
         self._names = [disk.name for disk in captured]
 
     @classmethod
-    async def plan(
-        cls, machine: Machine, names: Sequence[str], repository: Repository, in_store: Elsewhere
-    ) -> DiskInstant:
-        """What is known of these disks before they are captured. Raises VirtualMachineError, and what looking into the
-        repository raises."""
-        await in_store(lambda: _find_bases(machine, names, repository))
+    async def plan(cls, machine: Machine, *, full: bool) -> DiskInstant | None:
+        """What is known before a capture of the disks that a generation has; None if it has none.
+
+        Raises VirtualMachineError.
+        """
+        names = disks.captured(machine.description, full=full)
+        if not names:
+            return None
         followed = await bitmaps.look(machine.monitor, names)
         captured = []
         for name in names:
-            base = machine.disk_bases.get(name)
             if name not in followed:
                 raise VirtualMachineError(f"VM {machine.description.name}: QEMU does not have disk {name} any more")
-            if base is None:
-                problem: str | None = "no generation has it yet"
-            else:
-                problem = followed[name].problem(token_of(base, name), base.name)
-            captured.append(CapturedDisk(name, base, problem, secrets.token_hex(8)))
+            base = machine.disk_bases.get(name)
+            captured.append(CapturedDisk(name, base, problem_of(name, base, followed[name]), secrets.token_hex(8)))
         return cls(machine, asyncio.get_running_loop(), captured)
 
     def prepare(self) -> None:
@@ -102,8 +93,7 @@ class DiskInstant:
     def frozen(self) -> Iterator[Export]:
         machine, folder = self._machine, self._machine.qemu.folder
         with_bitmaps = {disk.name: bitmaps.FROZEN for disk in self.captured if self._token(disk) is not None}
-        if self.captured:
-            self._wait(disks.export(machine.monitor, folder, self._names, with_bitmaps))
+        self._wait(disks.export(machine.monitor, folder, self._names, with_bitmaps))
         for name in self._names:
             yield Export(machine.description.name, folder.disks, name, with_bitmaps.get(name))
 
@@ -123,21 +113,17 @@ class DiskInstant:
         return _wait(self._loop, work)
 
 
-async def settle_bitmaps(machine: Machine, repository: Repository, in_store: Elsewhere) -> None:
+def problem_of(name: str, base: Generation | None, followed: Followed) -> str | None:
+    """Why it is not known what was written on a disk since the newest generation that has it; None if it is."""
+    return "no generation has it yet" if base is None else followed.problem(token_of(base, name), base.name)
+
+
+async def settle_bitmaps(machine: Machine) -> None:
     """Leave of the disks' bitmaps what the newest generations say: after a capture, whether it came to something or
     not, and for what an earlier supervisor left. Raises nothing: what is left hinders no later capture."""
-    with suppress(PerdureError):
-        await in_store(lambda: _find_bases(machine, machine.disks, repository))
+    with suppress(VirtualMachineError):
         tokens = {name: token_of(machine.disk_bases.get(name), name) for name in machine.disks}
         await bitmaps.settle(machine.monitor, tokens)
-
-
-def _find_bases(machine: Machine, names: Sequence[str], repository: Repository) -> None:
-    """Blocking: the newest generation that has each disk, for those of which that is not known yet."""
-    regions = {name: f"{DISK_PREFIX}{name}" for name in names if name not in machine.disk_bases}
-    if regions:
-        found = repository.newest_with(machine.description.name, list(regions.values()))
-        machine.disk_bases |= {name: found.get(region) for name, region in regions.items()}
 
 
 def _wait(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:

@@ -20,10 +20,12 @@ from vm.memory import Memory
 def again(repository: Repository, generation: Generation, more: Mapping[str, Any] | None = None) -> Generation:
     """A generation that equals an older one and follows it: history goes on from there. `more` metadata than it has.
 
-    Raises StorageError.
+    Disks go back with a full one only. Raises StorageError.
     """
     with repository.writer(generation.vm, generation) as writer:
         for region in generation.regions.values():
+            if region.kind == "disk" and not generation.full:
+                continue
             writer.region(
                 region.name,
                 region.kind,

@@ -21,11 +21,12 @@ from capture.tracking import Tracking
 from perdure.resuming import recorded
 from restore.scrub import scrub
 from store.records import Generation
+from store.repository import Repository
 from vm import disks, hold, migration
 from vm.addresses import AddressMap
 from vm.channel import GuestChannel, GuestHandler
 from vm.command_line import Platform, devices_of
-from vm.config import RAM, Description
+from vm.config import DISK_PREFIX, RAM, Description
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
 from vm.protocol import Committed
@@ -62,8 +63,8 @@ class Machine:
     measurements: dict[str, str]
     channel: GuestChannel | None = None
     note_parent: Callable[[Generation | None], None] = lambda _: None
-    disk_bases: dict[str, Generation | None] = field(default_factory=dict)
-    """By disk, the newest generation that has it, once somebody has looked; None if there is none."""
+    disk_bases: dict[str, Generation] = field(default_factory=dict)
+    """By disk, the newest generation that has it."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -173,6 +174,13 @@ class Machine:
             kind = "ram" if name == RAM else "pmem"
             found.append(CapturedRegion(name, kind, file.path, file.size, kept, tracker, self.bases.get(name)))
         return found
+
+    def find_disk_bases(self, repository: Repository) -> None:
+        """Blocking: which generations the disks' bitmaps can be relative to."""
+        regions = {f"{DISK_PREFIX}{name}": name for name in self.disks}
+        if regions:
+            found = repository.newest_with(self.description.name, list(regions))
+            self.disk_bases = {regions[region]: generation for region, generation in found.items()}
 
     async def require_full(self) -> None:
         """Raises ConflictError if there can be no full generation of this VM now."""

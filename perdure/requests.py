@@ -11,11 +11,13 @@ from base.errors import QuotaError, UsageError, one_line
 from base.progress import Progress
 from base.units import format_size
 from perdure import documents
+from perdure.disk_status import disk_status
 from vm.channel import TokenBucket
 from vm.protocol import Committed, RegionEntry, RequestRefusedError, Welcome
 
 if TYPE_CHECKING:
     from capture.generation import Captured
+    from perdure.machine import Machine
     from perdure.supervisor import Supervisor
 
 Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
@@ -95,13 +97,17 @@ class Requests:
         if supervisor.state in ("running", "held"):
             document |= supervisor.machine.status()
             document["agent"] = self._agent
-            document["disks"] = self._disk_facts()
+            document["disks"] = await self._followed_disks(supervisor.machine)
         return document
 
     def _disk_facts(self) -> list[dict[str, Any]]:
         supervisor = self._supervisor
         found = supervisor.launcher.disks.facts()
         return found if supervisor.filling is None else [supervisor.filling.fact(each) for each in found]
+
+    async def _followed_disks(self, machine: Machine) -> list[dict[str, Any]]:
+        followed = await disk_status(machine)
+        return [each | followed.get(each["disk"], {}) for each in self._disk_facts()]
 
     async def _disks(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del arguments, progress

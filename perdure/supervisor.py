@@ -189,7 +189,7 @@ class Supervisor:
             self.state = "rolling back"
             await self._quit(machine)
             try:
-                self._follow(await self.launcher.launch(head, self.in_store))
+                await self._follow(await self.launcher.launch(head, self.in_store))
             except BaseException as error:  # there is no VM any more: the next run launches it from `head`
                 self._fail(error)
                 raise
@@ -241,7 +241,7 @@ class Supervisor:
             raise IntegrityError(error.object, problem, offset=error.offset, chunk=error.chunk) from error
         prepared = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
         machine = await self.launcher.launch(prepared, self.in_store)
-        self._follow(machine)
+        await self._follow(machine)
         for warning in prepared.warnings:
             self.say(f"warning: {warning}")
         self.say(f"{self.vm} started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}")
@@ -251,16 +251,16 @@ class Supervisor:
 
     async def _adopt(self, qemu: Qemu) -> None:
         machine = await self.launcher.adopt(qemu, self.repository, self.in_store)
-        self._follow(machine)
+        await self._follow(machine)
         self.say(f"{self.vm} taken over (pid {machine.pid}), tracker {machine.tracking.choice.kind}")
         waiting = await machine.pending_hold()
         if waiting is not None:
             await self._held(machine, waiting)
         elif await machine.go_on_if_paused():
             self.say(f"{self.vm} was paused, and goes on")
-        await settle_bitmaps(machine, self.repository, self.in_store)
+        await settle_bitmaps(machine)
 
-    def _follow(self, machine: Machine) -> None:
+    async def _follow(self, machine: Machine) -> None:
         self._machine = machine
         self.state = "running"
         machine.open_channel(self._requests, self.say)
@@ -268,6 +268,7 @@ class Supervisor:
         self.filling.begin()
         self._watcher = asyncio.create_task(self._watch(machine))
         self._watcher.add_done_callback(self._watched)
+        await self.in_store(lambda: machine.find_disk_bases(self.repository))
 
     async def _watch(self, machine: Machine) -> None:
         """Act on what QEMU says until it is gone."""
@@ -365,7 +366,7 @@ class Supervisor:
         full: bool = False,
     ) -> Captured:
         regions = await self.in_store(lambda: machine.captured_regions(full=full))
-        disks = await DiskInstant.plan(machine, machine.disks, self.repository, self.in_store) if full else None
+        disks = await DiskInstant.plan(machine, full=full)
         facts = {**machine.metadata(full=full), **(metadata or {})}
 
         def work() -> Captured:
@@ -384,13 +385,13 @@ class Supervisor:
                 progress=progress or self._progress,
             )
 
-        async with self.filling.paused(while_=full) if self.filling is not None else nullcontext():
+        async with self.filling.paused(while_=disks is not None) if self.filling is not None else nullcontext():
             try:
                 done = await self.in_store(work)
                 machine.committed(done)
             finally:
                 if disks is not None:
-                    await settle_bitmaps(machine, self.repository, self.in_store)
+                    await settle_bitmaps(machine)
         self._tidying = asyncio.create_task(self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS)))
         self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
         for line in (*reads_text(reads_of(done.generation)), *documents.forgotten_text(done.forgotten)):

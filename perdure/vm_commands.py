@@ -11,7 +11,7 @@ from base.errors import NotFoundError, UsageError
 from base.units import format_size, parse_size
 from perdure import places
 from perdure.control import call
-from perdure.disk_texts import reads_text
+from perdure.disk_texts import followed_text, reads_text
 from perdure.output import Output, moment, table
 
 CONTROL = "control.sock"
@@ -165,6 +165,7 @@ def _status_text(found: dict[str, Any]) -> Iterator[str]:
         from perdure.disk_commands import state_text
 
         yield f"disk         {disk['disk']}: {disk['path']}, {state_text(disk)}"
+        yield from followed_text(disk)
     for warning in found.get("warnings", []):
         yield f"warning      {warning}"
 

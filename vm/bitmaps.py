@@ -122,12 +122,16 @@ async def begin(monitor: Monitor, tokens: Mapping[str, tuple[str | None, str]]) 
 
 
 async def settle(monitor: Monitor, tokens: Mapping[str, str | None]) -> None:
-    """Outside of captures: of each disk's bitmaps of ours only the one with its token is left, put where it outlives
-    QEMU if that is possible. Raises VirtualMachineError; the bitmap with the token is there in any case."""
+    """Outside of captures: of each disk's bitmaps of ours only what has its token is left, put where it outlives QEMU
+    if that is possible. One that is not to be trusted stays, to say so.
+
+    Raises VirtualMachineError; the bitmap with the token is there in any case.
+    """
     for disk, followed in (await look(monitor, list(tokens))).items():
         token = tokens[disk]
         good = None if token is None else followed.since(token)
-        others = [_remove(disk, each) for each in followed.bitmaps if each is not good]
+        names = () if token is None else (_SINCE + token, _KEPT + token) if good is None else (good.name,)
+        others = [_remove(disk, each) for each in followed.bitmaps if each.name not in names]
         if good is not None and token is not None and not good.kept and followed.driver in _KEEPING:
             with contextlib.suppress(VirtualMachineError):  # an old version of the format, an image that is full
                 kept = _copied(disk, good.name, _KEPT + token, kept=True)

@@ -62,6 +62,8 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["raw", "qcow2"] = "raw"
     cache: Literal["writeback", "none"] = "writeback"
     readonly: bool = False
+    capture: bool = False
+    """In every generation, not only in full ones."""
 
 
 class FirmwareFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -269,6 +271,9 @@ def _problems(vm: Description) -> Iterable[tuple[str, str]]:
         "region", [region.name for region in vm.regions], {RAM: "main memory", DEVICES: "device state"}
     )
     yield from _name_problems("disk", [disk.name for disk in vm.disks], {})
+    for at, disk in enumerate(vm.disks):
+        if disk.capture and disk.readonly:
+            yield f"disk[{at}].capture", "a disk that the guest cannot write to is not captured"
     for at, region in enumerate(vm.regions):
         yield from _size_problems(f"region[{at}].size", region.size, REGION_BYTES_MIN)
 

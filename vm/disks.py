@@ -41,9 +41,10 @@ def node_of(disk: str) -> str:
     return f"disk-{disk}"
 
 
-def captured(vm: Description) -> list[str]:
-    """Names of the disks that a full generation has: those that the guest can write to."""
-    return [disk.name for disk in vm.disks if not disk.readonly]
+def captured(vm: Description, *, full: bool = True) -> list[str]:
+    """Names of the disks that a generation has: those that the guest can write to, or, if it is not a full one, those
+    of them that the description names for it."""
+    return [disk.name for disk in vm.disks if not disk.readonly and (full or disk.capture)]
 
 
 def sync(vm: Description) -> None:

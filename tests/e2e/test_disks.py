@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 from supervised import MIB, NAME, Image, Supervised
-from test_survival import boot
+from test_survival import boot, reboot
+
+from perdure.opening import opened
+from store.reader import GenerationReader
+from store.repository import Repository
 
 pytestmark = pytest.mark.qemu
 
@@ -56,6 +60,7 @@ class DiskVM(Supervised):
 
     def __init__(self, guest: Image, disks: Mapping[str, str]) -> None:
         super().__init__(guest)
+        self.repository_here: Repository
         self.plain = (self.folder / "VM.toml").read_text()
         self.describe(disks)
 
@@ -67,6 +72,11 @@ class DiskVM(Supervised):
 
     def format(self, name: str) -> str:
         return "qcow2" if "qcow2" in self.disks[name] else "raw"
+
+    @property
+    def always(self) -> list[str]:
+        """Disks that every generation has."""
+        return [name for name, more in self.disks.items() if "capture" in more]
 
     @property
     def written(self) -> list[str]:
@@ -86,26 +96,40 @@ class DiskVM(Supervised):
         enough = lambda: all(count > before[path] + 20 for path, count in self.guest.run("dict(counts)").items())  # noqa: E731  a condition
         self.until(enough, "the guest writes on")
 
-    def judged(self) -> dict[str, Any]:
-        """A full generation, equal to what qemu-img found; how its disks were captured."""
+    def judged(self, *words: str) -> dict[str, Any]:
+        """A generation, full if `--full` is among the words, equal to what qemu-img found while somebody else had the
+        guest stopped; how its disks were captured. Nothing is left in QEMU."""
         self.judge.execute("stop")
-        for name in self.written:
-            image(
-                "convert", "-U", "-f", self.format(name), "-O", "raw", self.folder / name, self.folder / "judge-" / name
-            )
-        return self._compared(self.perdure("snapshot", NAME, "--full"))
-
-    def _compared(self, made: Any) -> dict[str, Any]:
-        for name in self.written:
-            out = self.folder / "out"
-            self.perdure("export", f"{NAME}@{made['generation']}", f"disk:{name}", out, "--force")
-            image("compare", "-f", "raw", "-F", "raw", self.folder / "judge-" / name, out)
+        self.look()
+        made = self.perdure("snapshot", NAME, *words)
+        self.compare(made["generation"], self.written if words else self.always)
         self.writes_on()
         assert sorted(self.nodes()) == sorted(f"{kind}-{name}" for name in self.disks for kind in ("disk", "file"))
         assert not list(self.runtime.glob("perdure-*"))
         disks: dict[str, Any] = made["disks"]
-        assert sorted(disks) == sorted(self.written)
         return disks
+
+    def look(self) -> None:
+        """The judge's copies of all disks, which nobody writes now."""
+        for name in self.written:
+            copy = self.folder / "judge-" / name
+            image("convert", "-U", "-f", self.format(name), "-O", "raw", self.folder / name, copy)
+
+    def compare(self, number: int | None, disks: list[str]) -> None:
+        """A generation (None: the latest) has these disks, and they are as the judge has seen them.
+
+        Read in this process, on an index of its own: a command for each disk takes a second.
+        """
+        self.repository_here.refresh()
+        found = self.repository_here.resolve(f"{NAME}@{number or 'latest'}")
+        assert [name[5:] for name, each in found.regions.items() if each.kind == "disk"] == disks
+        with GenerationReader(self.repository_here, found) as reader:
+            for name in disks:
+                region = reader.region(f"disk:{name}")
+                with (self.folder / "judge-" / name).open("rb") as copy:
+                    for piece in reader.stream(region, MIB):
+                        assert copy.read(len(piece)) == piece, name
+                    assert copy.read() == b"", name
 
     def nodes(self) -> dict[str, Any]:
         """QEMU's block nodes with a name of somebody's, those of backing files aside."""
@@ -128,9 +152,9 @@ def methods(disks: Mapping[str, Any]) -> dict[str, str]:
 def vm(guest_image: Image) -> Iterator[DiskVM]:
     """Raw and qcow2, with the host's cache and without, on a shared backing file, read-only."""
     disks = {
-        "raw": "",
+        "raw": "capture = true",
         "direct": 'cache = "none"',
-        "qcow": 'format = "qcow2"',
+        "qcow": 'format = "qcow2"\ncapture = true',
         "over": 'format = "qcow2"\ncache = "none"',
         "also": 'format = "qcow2"',
         "fixed": "readonly = true",
@@ -146,26 +170,72 @@ def vm(guest_image: Image) -> Iterator[DiskVM]:
         image("create", "-f", "qcow2", vm.folder / "qcow", 24 * MIB)
         for name in ("over", "also"):
             image("create", "-f", "qcow2", "-b", vm.folder / "base", "-F", "qcow2", vm.folder / name, 12 * MIB)
-        yield vm
+        with opened(vm.repository, given=b"correct horse", state=vm.folder / "index") as vm.repository_here:
+            yield vm
         print(vm.report())
 
 
 def test_only_what_the_guest_has_written_is_read_as_long_as_that_is_known(vm: DiskVM) -> None:
     vm.begin()
-    first = vm.judged()
+    first = vm.judged("--full")
     assert {each["reason"] for each in first.values()} == {"no generation has it yet"}
     assert vm.bitmaps() == {
         **{name: ["perdure-since"] for name in ("raw", "direct")},
         **{name: ["perdure-kept"] for name in ("qcow", "over", "also")},
         "fixed": [],
     }
-    for _ in range(2):
-        again = vm.judged()
-        assert set(methods(again).values()) == {"bitmap"}
-        assert all(0 < each["read_bytes"] <= 8 * MIB + CHUNK for each in again.values())
-        assert first["raw"]["read_bytes"] == 16 * MIB
+    part = vm.judged()
+    assert methods(part) == {"raw": "bitmap", "qcow": "bitmap"}
+    status = {each["disk"]: each for each in vm.status()["disks"]}
+    assert {name: each["since"] for name, each in status.items()} == {
+        **dict.fromkeys(("raw", "qcow"), f"{NAME}@2"),
+        **dict.fromkeys(("direct", "over", "also"), f"{NAME}@1"),
+        "fixed": None,
+    }
+    assert all(each["dirty_bytes"] for name, each in status.items() if name != "fixed")
+    again = vm.judged("--full")
+    assert set(methods(again).values()) == {"bitmap"}
+    assert all(0 < each["read_bytes"] <= 8 * MIB + CHUNK for each in again.values())
+    assert first["raw"]["read_bytes"] == 16 * MIB
     with vm.beside("snapshot", NAME, "--full"):
         vm.until(lambda: "perdure-then-4" in vm.nodes(), "the instant is kept")
         vm.run.kill()
     vm.begin()
-    assert set(methods(vm.judged()).values()) == {"bitmap"}
+    assert set(methods(vm.judged("--full")).values()) == {"bitmap"}
+    reboot(vm)
+    vm.look()
+    vm.compare(None, vm.always)
+    vm.guest.run(WRITERS)
+    vm.writes_on()
+    vm.perdure("stop", NAME, "--capture")
+    assert vm.run.ended() == 0
+    vm.look()
+    vm.compare(None, vm.always)
+
+
+def test_disks_come_and_go_and_change_their_size(vm: DiskVM) -> None:
+    """And QEMU is killed: an image keeps what was written if the QEMU that had it open ended as it should."""
+    vm.begin()
+    vm.judged("--full")
+    vm.perdure("stop", NAME)
+    assert vm.run.ended() == 0
+    every = vm.disks
+    vm.describe({name: every[name] for name in ("raw", "qcow")})
+    vm.begin()
+    vm.kill_qemu()
+    assert vm.run.ended() == 1
+    (vm.folder / "new").write_bytes(os.urandom(2 * MIB))
+    image("resize", "-f", "qcow2", vm.folder / "over", "14M")
+    image("resize", "-f", "raw", "--shrink", vm.folder / "direct", "4M")
+    vm.describe({"new": "", **{name: every[name] for name in ("raw", "qcow", "direct", "over", "fixed")}})
+    vm.begin()
+    made = vm.judged("--full")
+    assert methods(made) == {**dict.fromkeys(("new", "raw", "qcow", "direct"), "rescan"), "over": "bitmap"}
+    assert "a raw image keeps none" in made["raw"]["reason"]
+    assert "is inconsistent: QEMU had not ended as it should" in made["qcow"]["reason"]
+    for name, size in (("raw", 8 * MIB), ("qcow", 30 * MIB), ("raw", 6 * MIB + 512)):
+        vm.judge.execute("block_resize", **{"node-name": f"disk-{name}", "size": size})
+        assert set(methods(vm.judged("--full")).values()) == {"bitmap"}
+    vm.judge.execute("block_resize", **{"node-name": "disk-raw", "size": 4 * MIB})
+    vm.judge.execute("block_resize", **{"node-name": "disk-raw", "size": 8 * MIB})
+    assert "was it made smaller?" in vm.judged()["raw"]["reason"]

@@ -120,6 +120,12 @@ WRONG = {
     "a VM's name that is a path": (swap('"demo-1"', '".."'), 2, "name", "not a VM's name"),
     "too long a name": (swap('"demo-1"', f'"{"n" * 65}"'), 2, "name", "up to 64"),
     "no such file": (swap("files/vmlinuz", "files/nothing"), 5, "kernel", "there is no file"),
+    "a disk that is not written": (
+        swap('cache = "none"', "capture = true\nreadonly = true"),
+        23,
+        "disk[0].capture",
+        "a disk that the guest cannot write to is not captured",
+    ),
     "no such disk": (swap("files/root.img", "root.img"), 22, "disk[0].file", "there is no file"),
     "a folder for a file": (swap("files/initrd", "files"), 6, "initrd", "is a folder"),
     "initrd without a kernel": (swap('kernel = "files/vmlinuz"\n', ""), 5, "initrd", "together with kernel"),
