@@ -11,6 +11,7 @@ from base.errors import QuotaError, UsageError, one_line
 from base.progress import Progress
 from base.units import format_size
 from perdure import documents
+from perdure.background import schedule_document
 from perdure.disk_status import disk_status
 from vm.channel import TokenBucket
 from vm.protocol import Committed, RegionEntry, RequestRefusedError, Welcome
@@ -98,6 +99,7 @@ class Requests:
             document |= supervisor.machine.status()
             document["agent"] = self._agent
             document["disks"] = await self._followed_disks(supervisor.machine)
+            document["next_capture"] = schedule_document(supervisor.timetable)
         return document
 
     def _disk_facts(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from base.errors import ConflictError, IntegrityError, PerdureError, one_line
@@ -23,14 +24,16 @@ from base.progress import Progress
 from base.units import format_size
 from capture.disks import reads_of
 from capture.generation import Captured, capture
-from perdure import documents, resuming
+from perdure import background, documents, resuming
 from perdure.control import serve
 from perdure.disk_texts import reads_text
 from perdure.execution import DiskInstant, Execution, settle_bitmaps
 from perdure.filling import Filling
+from perdure.forgetting import forget_by_policy
 from perdure.launcher import Launcher
 from perdure.machine import Machine
 from perdure.requests import Requests
+from perdure.schedule import Due, Timetable
 from store.records import Generation
 from store.repository import Repository
 from vm.hold import Cause, Hold
@@ -84,6 +87,9 @@ class Supervisor:
         self._requests = Requests(self)
         self.filling: Filling | None = None
         """Of the disks that went back, while there is a QEMU."""
+        self.policy = launcher.description.policy
+        self.timetable = Timetable(self.vm, launcher.description.schedules, datetime.now(UTC))
+        self._beside: list[asyncio.Task[None]] = []
 
     @property
     def machine(self) -> Machine:
@@ -105,12 +111,18 @@ class Supervisor:
             async with await serve(self.launcher.folder.control, self._requests.commands(), self.say):
                 async with self._operation:
                     await self._start(begin, boot)
+                schedule = background.keep_schedule(self.vm, self.timetable, self._scheduled, self.say)
+                self._beside.append(asyncio.create_task(schedule))
                 return await self._ended
         except _LeavingError:
             return Ended("not started: interrupted", interrupted=True)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+            for task in self._beside:
+                task.cancel()
+            if self._tidying is not None:
+                await self._tidying
             await self._let_go()
             self._store.shutdown()
 
@@ -133,6 +145,10 @@ class Supervisor:
             if full and self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
             return await self._snapshot(cause, tags, metadata, progress, full=full)
+
+    async def _scheduled(self, due: Due) -> None:
+        if self._leaving is None:
+            await self.snapshot("schedule", full=due.full and self.state != "held", tags=due.tags)
 
     async def stop(self, *, keep: bool) -> Ended:
         """End the VM, captured first if `keep`; if that fails the guest runs on."""
@@ -301,12 +317,12 @@ class Supervisor:
 
     async def _held(self, machine: Machine, found: Hold) -> None:
         self.state = "held"
-        policy = self.launcher.description.policy
         if found.cause is Cause.REBOOT:
             await self._go_through_reboot(machine, "reboot")
             return
         number = None
-        if policy.capture_on_shutdown:
+        poweroff = found.cause is Cause.POWEROFF
+        if self.policy.capture_on_shutdown if poweroff else self.policy.capture_on_panic:
             done = await self._try_capture(machine, "shutdown" if found.cause is Cause.POWEROFF else "panic")
             if done is None:
                 self.say(f"{self.vm} stays held, its memory as it was: `perdure stop {self.vm} --capture` tries again")
@@ -323,7 +339,7 @@ class Supervisor:
         The cause says who wanted it: what a guest causes is counted apart by policies (store.retention.rules).
         """
         self.state = "held"
-        done = await self._try_capture(machine, cause) if self.launcher.description.policy.capture_on_reboot else None
+        done = await self._try_capture(machine, cause) if self.policy.capture_on_reboot else None
         scrubbed = await self.in_store(machine.scrub)
         await self.launcher.before_boot(machine)
         await machine.go_on_after_hold()
@@ -392,11 +408,22 @@ class Supervisor:
             finally:
                 if disks is not None:
                     await settle_bitmaps(machine)
-        self._tidying = asyncio.create_task(self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS)))
+        self._tidying = asyncio.create_task(self._tidy())
         self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
         for line in (*reads_text(reads_of(done.generation)), *documents.forgotten_text(done.forgotten)):
             self.say(f"{self.vm}: {line}")
         return done
+
+    async def _tidy(self) -> None:
+        """After a capture: forget what no rule keeps, if that is wanted, and merge the index."""
+        try:
+            if self.policy.forget_after_capture:
+                gone = await self.in_store(lambda: forget_by_policy(self.repository, self.vm))
+                if gone:
+                    self.say(f"{self.vm}: forgotten by policy: {', '.join(each.name for each in gone)}")
+            await self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS))
+        except PerdureError as error:
+            self.say(f"{self.vm}: after the capture: {one_line(error)}")
 
     def _own(self, point: str) -> Generation:
         self.repository.refresh()
@@ -444,10 +471,10 @@ class Supervisor:
         if self._operation.locked():
             self.say(f"{self.vm}: leaving it when what is under way is done")
         async with self._operation:
-            capture = number is signal.SIGTERM and self.launcher.description.policy.capture_on_terminate
-            if capture and self._machine is not None:
+            wanted = number is signal.SIGTERM and self.policy.capture_on_terminate
+            if wanted and self._machine is not None:
                 try:
-                    await self._snapshot("terminate")
+                    await self._snapshot("terminate", full=wanted == "full" and self.state != "held")
                 except PerdureError as error:
                     self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
             runs = self._machine is not None

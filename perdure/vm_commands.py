@@ -156,6 +156,9 @@ def _status_text(found: dict[str, Any]) -> Iterator[str]:
     for key in ("vm", "state", "pid", "generation", "repository", "accelerator", "tracker", "full", "agent"):
         if found.get(key) is not None:
             yield f"{key:<12} {found[key]}"
+    if found.get("next_capture"):
+        due = found["next_capture"]
+        yield f"next capture {moment(due['at'])}{' (full)' if due['full'] else ''}"
     for name, region in found.get("regions", {}).items():
         yield (
             f"region       {name}: {format_size(region['kept_bytes'])} kept of {format_size(region['size'])}, "

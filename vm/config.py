@@ -19,7 +19,10 @@ import msgspec
 
 from base.errors import ConfigurationError
 from base.units import format_size, parse_size
+from vm import policy
 from vm.lines import Lines, read_toml
+from vm.policy import Policy, Schedule
+from vm.policy import Size as Size  # a description has it
 from vm.protocol import Mode
 
 ALIGNMENT = 2 << 20
@@ -40,10 +43,6 @@ _VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a folder's nam
 _PART_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,23}")  # a QEMU node name (31 characters) with a prefix of ours
 _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _OURS = ("daemonize", "S", "incoming", "action", "no-reboot", "no-shutdown", "m", "mem-path", "smp", "accel", "uuid")
-
-
-class Size(int):
-    """Bytes; in the file as `64MiB`, `64M`, `0x1000` or a number."""
 
 
 class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,19 +70,6 @@ class FirmwareFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     code: Path
     vars: Path
-
-
-class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[policy]`: when generations are made, how changes are found, what changed measurements mean."""
-
-    capture_on_reboot: bool = True
-    capture_on_shutdown: bool = True
-    capture_on_terminate: bool = True
-    """When the supervisor is asked to end, and so the VM with it."""
-    tracker: Literal["auto", "scan", "userfaultfd"] = "auto"
-    measurements: Literal["require", "warn", "ignore"] = "warn"
-    fill_bandwidth: Size = Size(64 << 20)
-    """Bytes a second with which the image of a disk that went back is filled, while the guest uses it; 0: no limit."""
 
 
 class Hooks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +100,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     regions: tuple[Region, ...] = msgspec.field(name="region", default=())
     disks: tuple[Disk, ...] = msgspec.field(name="disk", default=())
     policy: Policy = Policy()
+    schedules: tuple[Schedule, ...] = msgspec.field(name="schedule", default=())
     hooks: Hooks = Hooks()
 
     @property
@@ -128,6 +115,7 @@ _TABLES: dict[str, type[msgspec.Struct]] = {
     "disk": Disk,
     "firmware": FirmwareFiles,
     "policy": Policy,
+    "schedule": Schedule,
     "hooks": Hooks,
 }
 
@@ -276,6 +264,7 @@ def _problems(vm: Description) -> Iterable[tuple[str, str]]:
             yield f"disk[{at}].capture", "a disk that the guest cannot write to is not captured"
     for at, region in enumerate(vm.regions):
         yield from _size_problems(f"region[{at}].size", region.size, REGION_BYTES_MIN)
+    yield from policy.problems(vm.schedules)
 
 
 def _size_problems(key: str, size: int, smallest: int) -> Iterable[tuple[str, str]]:

@@ -128,10 +128,18 @@ class Run:
 
 
 class Supervised:
-    """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml, `extra` more
-    arguments of QEMU."""
+    """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml, `policy` more
+    of its policy, `extra` more arguments of QEMU."""
 
-    def __init__(self, image: Image, *, tracker: str = "auto", settings: str = "", extra: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        image: Image,
+        *,
+        tracker: str = "auto",
+        settings: str = "",
+        policy: str = "",
+        extra: tuple[str, ...] = (),
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="p-", dir="/dev/shm"))
         self.state = self.folder / "state"
         self.repository = self.folder / "repository"
@@ -160,6 +168,7 @@ name = "pm0"
 size = {REGION}
 [policy]
 tracker = "{tracker}"
+{policy}
 [hooks]
 before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
 """

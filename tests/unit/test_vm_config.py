@@ -168,3 +168,22 @@ def test_a_file_that_cannot_be_read_or_is_no_text(folder):
     (folder / "vm.toml").write_bytes(b'name = "a"\nmemory = "\xff"\n')
     with pytest.raises(ConfigurationError, match="line 2: is not UTF-8 text"):
         load(folder / "vm.toml")
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "key", "problem"),
+    [
+        ("[[schedule]]\nfull = true\n", 3, "schedule[0]", "either `every` or `at`"),
+        ('[[schedule]]\nevery = "1h"\nat = "02:00"\n', 3, "schedule[0]", "either `every` or `at`"),
+        ('[[schedule]]\nevery = "fortnight"\n', 4, "schedule[0].every", "15m"),
+        ('[[schedule]]\nat = "25:00"\n', 4, "schedule[0].at", "hour must be in 0..23"),
+        ('[[schedule]]\nat = ["02:00", "Moon 02:00"]\n', 4, "schedule[0].at[1]", "day of the week"),
+        ('[[schedule]]\nat = "02:00"\nzone = "Mars/Base"\n', 5, "schedule[0].zone", "Europe/Berlin"),
+        ('[[schedule]]\nevery = "1h"\nzone = "UTC"\n', 5, "schedule[0].zone", "at, which is not set"),
+        ('[[schedule]]\nevery = "1h"\nfulll = true\n', 5, "schedule[0].fulll", "did you mean full"),
+    ],
+)
+def test_mistakes_in_policy_and_schedules_are_named_with_their_place(folder, lines, line, key, problem):
+    with pytest.raises(ConfigurationError, match=problem) as caught:
+        read(folder, f'name = "a"\nmemory = "64MiB"\n{lines}')
+    assert (caught.value.line, caught.value.key) == (line, key)

@@ -1,0 +1,40 @@
+"""What a supervisor does without being asked, by the policy of VM.toml."""
+
+import signal
+
+import pytest
+from supervised import Supervised
+
+POLICY = """\
+forget_after_capture = true
+capture_on_terminate = "full"
+"""
+SCHEDULE = """\
+[[schedule]]
+every = "2s"
+tags = ["regular"]
+"""
+
+
+@pytest.fixture
+def vm(guest_image):
+    made = Supervised(guest_image, policy=POLICY, settings=SCHEDULE)
+    yield made
+    made.close()
+
+
+def test_captures_by_schedule_are_followed_by_forgetting_and_sigterm_makes_a_full_one(vm):
+    vm.perdure("policy", "set", "demo", "--keep-last", "2")
+    run = vm.boot()
+    due = vm.status()["next_capture"]
+    assert due.pop("at") and due == {"full": False, "tags": ["regular"]}
+    run.expect(r"demo@1 .*\(schedule\)")
+    run.expect(r"demo@4 .*\(schedule\)")
+    run.expect(r"forgotten by policy: demo@2")
+    assert all(each["cause"] == "schedule" and each["tags"] == ["regular"] for each in vm.log())
+    run.process.send_signal(signal.SIGTERM)
+    made = run.expect(r"demo@(\d+) .*\(terminate\)")
+    assert run.ended() == 130
+    newest = vm.log()[-1]
+    assert newest["full"] and newest["generation"] == int(made[1])
+    assert vm.guest.run("6 * 7") == 42
