@@ -27,13 +27,13 @@ from store.chunker import PackingSettings
 from store.creation import create
 from store.format_keys import Argon2Parameters
 from store.key_files import read_key_files
-from store.lanes import serve_chunker
 from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
 from store.slots import new_keyring, unlock
 from store.upkeep.prune import prune
 from store.upkeep.prune_plan import PruneSettings
+from store.workers import serve
 
 _PASSPHRASE = b"benchmark"
 _CHEAP = Argon2Parameters(time=1, memory_kib=64, lanes=1)
@@ -62,7 +62,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
     image = images.memory(options.mib, 1)
     current = root / "image"
-    with WorkerPool(usable_cores(), serve_chunker) as pool:
+    with WorkerPool(usable_cores(), serve) as pool:
         with made(root / "grown", pool) as repository:
             image.tofile(current)
             parent = stored(repository, current, None, None)

@@ -30,7 +30,9 @@ def export(options: Namespace) -> None:
     output = Output(options.json, options.quiet)
     _require_sense(options)
     with (
-        opened(repository_path(options.repository), progress=output.progress()) as repository,
+        opened(
+            repository_path(options.repository), workers=options.file != "-", progress=output.progress()
+        ) as repository,
         GenerationReader(repository, repository.resolve(options.point)) as reader,
     ):
         if options.format == "elf":

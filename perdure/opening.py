@@ -21,10 +21,10 @@ from store.creation import read_mark
 from store.index.environment import LOCK_WAIT_S
 from store.key_files import read_key_files
 from store.keys import Keys
-from store.lanes import serve_chunker
 from store.repository import Repository
 from store.slots import Credential, unlock
 from store.upkeep import reserve
+from store.workers import serve
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def opened(
     read_mark(path)
     wait_s = lock_wait_s()
     keep_freed_memory()
-    pool = WorkerPool(usable_cores(), serve_chunker) if workers else None
+    pool = WorkerPool(usable_cores(), serve) if workers else None
     try:
         again: Callable[[], Keys] | None = None
         if keys is None:

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from base.allocation import keep_freed_memory
 from base.errors import PerdureError, WorkerError
 from base.extents import Extents
 from base.workers import WorkerPool, receive_descriptor
@@ -88,7 +87,7 @@ class LocalLane:
 
 
 class WorkerLanes:
-    """One chunker in each process of a pool made with `serve_chunker`."""
+    """One chunker in each process of a pool made with `store.workers.serve`."""
 
     def __init__(self, pool: WorkerPool, storage: Storage, keys: bytes, settings: PackingSettings) -> None:
         self._pool, self._storage = pool, storage
@@ -182,7 +181,7 @@ class WorkerLanes:
                 continue
 
 
-class _ChunkerService:
+class ChunkerService:
     """State of a worker process: the chunker of one generation, and one open file."""
 
     def __init__(self, pipe: Connection) -> None:
@@ -224,16 +223,3 @@ class _ChunkerService:
         if self._chunker is not None:
             self._chunker.abandon()
             self._chunker = None
-
-
-def serve_chunker(pipe: Connection) -> None:
-    """The loop of a worker process; an error is answered, and the worker is ready for the next generation."""
-    keep_freed_memory()
-    service = _ChunkerService(pipe)
-    while True:
-        what, *arguments = pipe.recv()
-        try:
-            service.handle(what, tuple(arguments))
-        except PerdureError as error:
-            service.drop()
-            pipe.send(error)

@@ -1,16 +1,17 @@
 """Reading a generation: whole regions into files, ranges into memory, and the proof that a file holds them.
 
 A `GenerationReader` holds a lease, so that prune leaves alone what it may still want. Page maps are walked in
-windows of bounded size; inside a window every frame is fetched and opened once, in order of pack and frame, by
-threads (zstd and AES release the interpreter lock). A chunk is only ever placed out of an authenticated frame in
-which it stands under the id that the page map has. May be used by one thread at a time.
+windows of bounded size; inside a window every frame is fetched and opened once, in order of pack and frame, by worker
+processes (`store.placing`) where there are such and it is worth it, else by threads. A chunk is only ever placed out of
+an authenticated frame in which it stands under the id that the page map has. May be used by one thread at a time.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base import extents as ranges
-from base.errors import IntegrityError, NotFoundError, StorageError
+from base.errors import IntegrityError, NotFoundError
 from base.extents import Extents
 from base.progress import Progress, silent
 from base.units import format_size
@@ -27,6 +28,8 @@ from store import leases, pagemap
 from store.chunker import chunk_ids, read_extents
 from store.holes import Holes, surviving
 from store.nodes import LOOKS, by_frame
+from store.packs import PackEntry
+from store.placing import Job, PlacingLanes, Target, write_chunks
 from store.records import Generation, Region
 
 if TYPE_CHECKING:
@@ -49,7 +52,21 @@ _Lost = Callable[[NDArray[np.intp]], None]
 _Job = list[tuple[int, int, NDArray[np.intp]]]
 """Frames of one pack, as of store.nodes.by_frame."""
 _Outcome = list[tuple[NDArray[np.intp], IntegrityError | None]]
-_Run = Callable[[Callable[[_Job], _Outcome], list[_Job]], Iterable[_Outcome]]
+_PROCESSES_FROM = 16 << 20
+"""Bytes from which on a restore is done by worker processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """`members` (m,) of the `ids` (n, 32) asked for, and where each of them is (m,)."""
+
+    ids: NDArray[np.uint8]
+    members: NDArray[np.intp]
+    locations: NDArray[np.void]
+
+
+_Run = Callable[[_Wanted, list[_Job]], Iterable[_Outcome]]
+"""Takes what is wanted out of the frames of each job; in any order."""
 
 
 class GenerationReader:
@@ -130,17 +147,49 @@ class GenerationReader:
         """
         if holes is None:
             self.require_whole(region)
-        size, length, done = region.root.chunk_size, region.root.length, 0
-        with ThreadPoolExecutor(usable_cores()) as threads:
+        size, done = region.root.chunk_size, 0
+        with self._placing(Target(descriptor, path, region.root.length, at), region.kept_bytes) as placing:
             for numbers, ids in self._leaves(region, holes):
-
-                def place(members: NDArray[np.intp], chunks: NDArray[np.uint8]) -> None:
-                    _write_chunks(descriptor, numbers[members], chunks, length, path, at)  # noqa: B023  # used up in this turn
-
-                for count in self._each_frame(ids, place, threads.map, _lost_of(numbers, holes)):
+                for count in self._each_frame(ids, placing(numbers), _lost_of(numbers, holes)):
                     done += count * size
                     progress(f"restoring {region.name}", done, max(done, region.kept_bytes))
         return done
+
+    @contextmanager
+    def _placing(self, target: Target, kept_bytes: int) -> Iterator[Callable[[NDArray[np.uint64]], _Run]]:
+        """By the numbers of the chunks asked for, what writes them into a file: processes where there are such and it
+        is worth it, else threads."""
+        pool = self._repository.pool
+        if pool is not None and kept_bytes >= _PROCESSES_FROM:
+            with PlacingLanes(pool, self._repository.storage, self._repository.keys, target) as lanes:
+                yield lambda numbers: partial(self._run_in_processes, lanes, numbers)
+        else:
+            with ThreadPoolExecutor(usable_cores()) as threads:
+
+                def placed(numbers: NDArray[np.uint64]) -> _Run:
+                    return self._run(
+                        threads.map, lambda members, chunks: write_chunks(target, numbers[members], chunks)
+                    )
+
+                yield placed
+
+    def _run_in_processes(
+        self, lanes: PlacingLanes, numbers: NDArray[np.uint64], wanted: _Wanted, jobs: list[_Job]
+    ) -> Iterator[_Outcome]:
+        """As `_open` with writing, in other processes."""
+        packs, there = self._repository.catalog, []
+        for job in jobs:
+            try:
+                entry = packs.pack(job[0][0])
+            except IntegrityError as error:  # no pack, or one that is gone
+                yield [
+                    (at, self._lost(wanted.ids[wanted.members[at[0]]]) if not job[0][0] else error) for *_, at in job
+                ]
+            else:
+                there.append((job, entry))
+        sent = [_sent(wanted, numbers, job, entry) for job, entry in there]
+        for position, outcome in lanes.run(sent):
+            yield [(at, error) for (*_, at), error in zip(there[position][0], outcome, strict=True)]
 
     def read(self, region: Region, start: int, end: int, holes: Holes | None = None) -> bytes:
         """Bytes [start, end) of a region, at most up to its length. With `holes`, what is lost is zero, and told there.
@@ -156,7 +205,7 @@ class GenerationReader:
             def place(members: NDArray[np.intp], chunks: NDArray[np.uint8]) -> None:
                 out[(numbers[members] - np.uint64(first)).astype(np.int64)] = chunks  # noqa: B023  # used up in this turn
 
-            for _ in self._each_frame(ids, place, map, _lost_of(numbers, holes)):
+            for _ in self._each_frame(ids, self._run(map, place), _lost_of(numbers, holes)):
                 pass
         return out.reshape(-1)[start - first * size : end - first * size].tobytes()
 
@@ -226,18 +275,17 @@ class GenerationReader:
             if len(numbers):
                 yield numbers, ids
 
-    def _each_frame(self, ids: NDArray[np.uint8], use: _Use, run: _Run, lost: _Lost | None = None) -> Iterator[int]:
+    def _each_frame(self, ids: NDArray[np.uint8], run: _Run, lost: _Lost | None = None) -> Iterator[int]:
         """Open every frame that holds some of `ids` (n, 32) once; gives the number of chunks used, frame by frame.
 
-        `run` is `map` or a thread pool's. What was moved by others meanwhile is looked up again. `lost` is told which
-        members cannot be had; without it, that raises IntegrityError.
+        What was moved by others meanwhile is looked up again. `lost` is told which members cannot be had; without it,
+        that raises IntegrityError.
         """
         members, locations = np.arange(len(ids)), self._repository.nodes.locate(ids)
         failure: IntegrityError | None = None
         for _ in range(LOOKS):
-            work = partial(self._open, ids, members, locations, use)
             missed, failure = [], None
-            for outcome in run(work, _jobs(locations)):
+            for outcome in run(_Wanted(ids, members, locations), _jobs(locations)):
                 for at, error in outcome:
                     if error is not None:
                         missed.append(at)
@@ -255,10 +303,13 @@ class GenerationReader:
             raise failure
         lost(members[left])
 
-    def _open(
-        self, ids: NDArray[np.uint8], members: NDArray[np.intp], locations: NDArray[np.void], use: _Use, job: _Job
-    ) -> _Outcome:
-        """Use what of ids[members] is in some frames; for each: which members these are, and why they are lost."""
+    def _run(self, each: Callable[..., Iterable[_Outcome]], use: _Use) -> _Run:
+        """In this process; `each` is `map` or a thread pool's."""
+        return lambda wanted, jobs: each(partial(self._open, wanted, use), jobs)
+
+    def _open(self, wanted: _Wanted, use: _Use, job: _Job) -> _Outcome:
+        """Use what is wanted of some frames; for each: which members these are, and why they are lost."""
+        ids, members, locations = wanted.ids, wanted.members, wanted.locations
         pack, frames = job[0][0], self._repository.frames
         if pack == 0:
             return [(at, self._lost(ids[members[at[0]]])) for _, _, at in job]
@@ -294,6 +345,14 @@ def _jobs(locations: NDArray[np.void]) -> list[_Job]:
     return jobs
 
 
+def _sent(wanted: _Wanted, numbers: NDArray[np.uint64], job: _Job, entry: PackEntry) -> Job:
+    """A job for another process."""
+    at = np.concatenate([each for _, _, each in job])
+    members = wanted.members[at]
+    frames, counts = [number for _, number, _ in job], [len(each) for _, _, each in job]
+    return Job(job[0][0], entry, frames, counts, wanted.locations["slot"][at], wanted.ids[members], numbers[members])
+
+
 def _lost_of(numbers: NDArray[np.uint64], holes: Holes | None) -> _Lost | None:
     return None if holes is None else lambda members: holes.chunks(numbers[members])
 
@@ -322,25 +381,3 @@ def _pieces(extents: Extents, size: int) -> Iterator[Extents]:
                 waiting, room = [], size
     if waiting:
         yield ranges.normalise(waiting)
-
-
-def _write_chunks(
-    descriptor: int, numbers: NDArray[np.uint64], chunks: NDArray[np.uint8], length: int, path: str, at: int
-) -> None:
-    """Write chunks (n, size) to their places, neighbours in one call; the last is cut at the region's length, which
-    begins `at` this offset."""
-    size = chunks.shape[1]
-    places = numbers.astype(np.int64)
-    breaks = np.flatnonzero(np.diff(places) != 1) + 1
-    starts = [0, *breaks.tolist()]
-    ends = [*breaks.tolist(), len(places)]
-    flat = np.ascontiguousarray(chunks).reshape(-1).data
-    try:
-        for start, end in zip(starts, ends, strict=True):
-            offset = int(places[start]) * size
-            data = flat[start * size : start * size + min((end - start) * size, length - offset)]
-            while data:
-                count = os.pwrite(descriptor, data, at + offset)
-                data, offset = data[count:], offset + count
-    except OSError as error:
-        raise StorageError.from_os(error, path, "write") from error

@@ -56,7 +56,7 @@ class Repository(Ledger):
     """An open repository, unlocked with `keys`; a context manager.
 
     `state` is this host's private folder for it (index and remembered history). `pool` (made with
-    store.lanes.serve_chunker, before this is opened) takes large work. `unlock` opens the newest keyring again after
+    store.workers.serve, before this is opened) takes large work. `unlock` opens the newest keyring again after
     somebody has changed keys; without it, this stops where the first record of a newer epoch stands. `lock_wait_s`
     bounds every wait for other processes of this host (LockedError). Who reads waits for nobody, but for one who opens
     the index or fills it.

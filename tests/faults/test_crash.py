@@ -10,7 +10,7 @@ from base.disk import Disk
 from base.errors import PerdureError, StorageError
 from base.workers import WorkerPool
 from store.chunker import PackingSettings
-from store.lanes import serve_chunker
+from store.workers import serve
 
 SMALL_PACKS = PackingSettings(pack_bytes=300_000)
 
@@ -146,7 +146,7 @@ def test_a_worker_that_dies_or_fails_fails_the_capture_only(act):
     for step in (1, 2, 5, 8):
         with place() as where:
             disk = WorkersDisk(step, act)
-            with WorkerPool(2, serve_chunker) as pool, where.open(disk=disk, pool=pool) as repository:
+            with WorkerPool(2, serve) as pool, where.open(disk=disk, pool=pool) as repository:
                 with pytest.raises(PerdureError):
                     add(repository, "vm", {"ram": data})
                 assert repository.vms() == []

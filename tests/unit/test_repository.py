@@ -23,9 +23,9 @@ from base.workers import WorkerPool
 from store.catalog import INDEX_FOLDER
 from store.creation import create, read_mark
 from store.key_files import read_key_files
-from store.lanes import serve_chunker
 from store.reader import GenerationReader
 from store.slots import change, unlock
+from store.workers import serve
 
 PAGE = 4096
 
@@ -65,7 +65,7 @@ def test_an_unchanged_image_stores_next_to_nothing():
 
 
 def test_worker_processes_make_the_same_generation():
-    with place() as where, WorkerPool(2, serve_chunker) as pool, where.open(pool=pool) as repository:
+    with place() as where, WorkerPool(2, serve) as pool, where.open(pool=pool) as repository:
         data = image(5, 9000)
         with_workers = add(repository, "vm", {"ram": data})
         assert with_workers.stored_bytes > 0
@@ -77,7 +77,7 @@ def test_worker_processes_make_the_same_generation():
 
 def test_every_other_page_goes_through_worker_processes():
     """As many ranges as pages: batches are full of ranges, are judged together, and come back in any order."""
-    with place() as where, WorkerPool(2, serve_chunker) as pool, where.open(pool=pool) as repository:
+    with place() as where, WorkerPool(2, serve) as pool, where.open(pool=pool) as repository:
         before, after = (image(seed, 11001)[: 11000 * PAGE] for seed in (15, 16))
         first, expected = add(repository, "vm", {"ram": before}), bytearray(before)
         rows = ranges.normalise([(at, at + PAGE) for at in range(0, len(before), 2 * PAGE)])

@@ -1,0 +1,114 @@
+"""Restoring through worker processes: the same bytes, and errors that leave the workers usable."""
+
+import os
+import signal
+import tempfile
+
+import pytest
+from store_fixtures import add, content, image, memory_file, place
+
+from base.errors import IntegrityError, StorageError, WorkerError
+from base.workers import WorkerPool
+from store.holes import Holes
+from store.reader import GenerationReader
+from store.workers import serve
+
+PAGE = 4096
+PAGES = 6000
+"""Enough that workers do it."""
+
+
+@pytest.fixture
+def stored():
+    """A repository with one generation, and the pool that it has."""
+    with place() as where, WorkerPool(2, serve) as pool, where.open(pool=pool) as repository:
+        repository.folder = where.path
+        yield repository, add(repository, "vm", {"ram": image(1, PAGES)}), pool
+
+
+@pytest.fixture
+def empty():
+    with memory_file(bytes(PAGES * PAGE)) as descriptor:
+        yield descriptor
+
+
+def restored(repository, generation, descriptor, holes=None, progress=lambda *_: None, at=0):
+    with GenerationReader(repository, generation) as reader:
+        region = reader.region("ram")
+        return reader.restore(region, descriptor, "target", progress, None if holes is None else holes(region), at=at)
+
+
+def damage(repository, generation):
+    """Flip a bit in the first frame of a pack, whose name this gives."""
+    name = f"packs/{generation.packs[0]}"
+    path = repository.folder / name
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    return name
+
+
+def test_workers_restore_the_same_bytes_at_an_offset(stored, monkeypatch):
+    repository, generation, pool = stored
+    expected = content(repository, generation, "ram")
+    assert expected == image(1, PAGES)
+    sent = []
+    send = pool.send
+    monkeypatch.setattr(pool, "send", lambda worker, message: (sent.append(message[:2]), send(worker, message)))
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        written = restored(repository, generation, file.fileno(), at=3 * PAGE)
+        assert os.pread(file.fileno(), len(expected) + PAGE, 3 * PAGE) == expected
+        assert not any(os.pread(file.fileno(), 3 * PAGE, 0))
+    assert written == sum(any(expected[at : at + PAGE]) for at in range(0, len(expected), PAGE)) * PAGE
+    assert sent.count(("placing", "job")) > 3  # it was them
+
+
+def test_a_damaged_frame_is_named_and_with_holes_left_out(stored, empty):
+    repository, generation, _ = stored
+    name = damage(repository, generation)
+    with pytest.raises(IntegrityError, match=name):
+        restored(repository, generation, empty)
+    found = []
+    restored(repository, generation, empty, lambda region: found.append(Holes(region.root)) or found[0])
+    lost = found[0].extents
+    assert len(lost)
+    whole = image(1, PAGES)
+    got = os.pread(empty, len(whole), 0)
+    for at in range(0, len(whole), PAGE):
+        inside = any(start <= at < end for start, end in lost.tolist())
+        assert got[at : at + PAGE] == (bytes(PAGE) if inside else whole[at : at + PAGE])
+
+
+def test_a_target_that_cannot_be_written_is_named_and_the_workers_go_on(stored, empty):
+    repository, generation, _ = stored
+    reading = os.open(f"/proc/self/fd/{empty}", os.O_RDONLY)
+    try:
+        with pytest.raises(StorageError, match="target"):
+            restored(repository, generation, reading)
+    finally:
+        os.close(reading)
+    assert content(repository, generation, "ram") == image(1, PAGES)
+
+
+def test_a_worker_that_dies_ends_the_restore_and_the_next_one_works(stored, empty):
+    repository, generation, pool = stored
+    victim = pool._processes[0].pid
+
+    def kill(*_):  # after the first frames
+        os.kill(victim, signal.SIGKILL)
+
+    with pytest.raises(WorkerError, match=f"worker process {victim} was killed by signal 9"):
+        restored(repository, generation, empty, progress=kill)
+    assert content(repository, generation, "ram") == image(1, PAGES)
+
+
+def test_whoever_gives_up_in_the_middle_leaves_no_worker_that_writes_on(stored, empty):
+    repository, generation, pool = stored
+    with pytest.raises(KeyboardInterrupt):
+        restored(repository, generation, empty, progress=interrupt)
+    assert not any(process.is_alive() for process in pool._processes)
+    assert content(repository, generation, "ram") == image(1, PAGES)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
