@@ -269,12 +269,12 @@ class Supervisor:
         machine = await self.launcher.adopt(qemu, self.repository, self.in_store)
         await self._follow(machine)
         self.say(f"{self.vm} taken over (pid {machine.pid}), tracker {machine.tracking.choice.kind}")
+        await settle_bitmaps(machine)
         waiting = await machine.pending_hold()
         if waiting is not None:
             await self._held(machine, waiting)
         elif await machine.go_on_if_paused():
             self.say(f"{self.vm} was paused, and goes on")
-        await settle_bitmaps(machine)
 
     async def _follow(self, machine: Machine) -> None:
         self._machine = machine
