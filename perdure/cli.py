@@ -170,6 +170,7 @@ def _repository_verbs(verb: _Verb) -> None:
 
     log = verb("log", "repository_commands:log", "history of a VM, or of all")
     log.add_argument("vm", metavar="VM", nargs="?")
+    log.add_argument("--graph", action="store_true", help="newest first, with lines to what each came out of")
     show = verb("show", "repository_commands:show", "one generation in full")
     show.add_argument("point", metavar="VM@N")
     diff = verb("diff", "repository_commands:diff", "changed ranges and bytes by region")
@@ -298,6 +299,12 @@ def _vm_verbs(verb: _Verb) -> None:
     rollback.add_argument("point", metavar="VM@N")
     rollback.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory")
     rollback.add_argument("--discard", action="store_true", help="do not capture first what the VM has now")
+    rollback.add_argument("--dry-run", action="store_true", help="only say what would change")
+    rollback.add_argument("--memory-only", action="store_true", help="disks stay as they are: needs --force")
+    rollback.add_argument(
+        "--disk", metavar="DISK", action="append", default=[], help="only this disk goes back: needs --force"
+    )
+    rollback.add_argument("--force", action="store_true", help="mix instants, although that may break file systems")
 
 
 def _regions_verbs(regions: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
@@ -118,15 +118,19 @@ class Disks:
             )
 
     @contextmanager
-    def going_back(self, repository: Repository, generation: Generation, *, drop: bool) -> Iterator[str]:
-        """Images of the disks of a generation; gives the token with which a head of history is to be committed inside.
+    def going_back(
+        self, repository: Repository, generation: Generation, *, drop: bool, names: Sequence[str] | None = None
+    ) -> Iterator[str]:
+        """Images of the disks of a generation, or of some of them; gives the token with which a head of history is to
+        be committed inside.
 
         When that raises, they are taken back. `drop`: the images that are disks until now are not kept. Raises
         ConflictError, StorageError (no room, say), VirtualMachineError.
         """
         with self._lock:
             self._use(repository)
-            pending = self._plan(generation, drop)
+            pending = self._plan(generation, drop, disks_of(generation) if names is None else names)
+            self._require_room(generation, pending.disks)
             self._write(msgspec.structs.replace(self._state, pending=pending))
             try:
                 for name, each in pending.disks.items():
@@ -279,12 +283,31 @@ class Disks:
         if (self._state.repository, self._state.leases) != (identity, str(repository.leases)):
             self._write(msgspec.structs.replace(self._state, repository=identity, leases=str(repository.leases)))
 
-    def _plan(self, generation: Generation, drop: bool) -> Pending:
+    def preview(self, repository: Repository, generation: Generation, names: Sequence[str]) -> list[dict[str, Any]]:
+        """What `going_back` would make, as documents. Raises StorageError."""
+        with self._lock:
+            self._repository = repository
+            planned = self._plan(generation, True, names)
+            content = self._content(generation, planned.disks)
+            used = self._used()
+            described = {each.name: str(each.file) for each in self._described.disks}
+            return [
+                {
+                    "disk": name,
+                    "content_bytes": content[name],
+                    "image_folder": str(Path(each.overlay.path).parent),
+                    "room_bytes": _room(Path(each.overlay.path).parent),
+                    "replaces": used[name].overlay.path if name in used else described[name],
+                }
+                for name, each in planned.disks.items()
+            ]
+
+    def _plan(self, generation: Generation, drop: bool, names: Sequence[str]) -> Pending:
         """Images in folders that have room for them. Raises ConflictError, StorageError."""
         token = secrets.token_hex(4)
         described = {each.name: each for each in self._described.disks}
         disks = {}
-        for name in disks_of(generation):
+        for name in names:
             folder = self._folder_of(described[name])
             disks[name] = Current(
                 first=self._state.disks[name].first if name in self._used() else First.of(described[name].file),
@@ -298,37 +321,42 @@ class Disks:
                     need=needs.new_name(),
                 ),
             )
-        self._require_room(generation, disks)
         return Pending(token=token, disks=disks, drop=drop)
 
     def _folder_of(self, disk: DescribedDisk) -> Path:
         folder = self._described.overlays
         if folder is None:
             folder = self._place / "overlays" if disk.file.is_block_device() else disk.file.parent / _FOLDER
+        return folder
+
+    def _require_room(self, generation: Generation, disks: dict[str, Current]) -> None:
+        wanted: dict[Path, int] = {}
+        for name, count in self._content(generation, disks).items():
+            folder = Path(disks[name].overlay.path).parent
+            wanted[folder] = wanted.get(folder, 0) + count
+        for folder, count in wanted.items():
+            if _room(folder) < count:
+                raise StorageError(
+                    str(folder),
+                    f"has room for {format_size(_room(folder))}, and the disks of {generation.name} "
+                    f"take {format_size(count)}: name another folder with `overlays` in the description",
+                )
+
+    def _content(self, generation: Generation, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of each disk that are not zero."""
+        assert self._repository is not None
+        with GenerationReader(self._repository, generation) as reader:
+            return {
+                name: sum(ranges.total(part) for part in reader.content(reader.region(f"{DISK_PREFIX}{name}")))
+                for name in names
+            }
+
+    def _make(self, repository: Repository, name: str, overlay: Overlay) -> None:
+        folder = Path(overlay.path).parent
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StorageError.from_os(error, str(folder), "make the folder") from error
-        return folder
-
-    def _require_room(self, generation: Generation, disks: dict[str, Current]) -> None:
-        assert self._repository is not None
-        wanted: dict[Path, int] = {}
-        with GenerationReader(self._repository, generation) as reader:
-            for name, each in disks.items():
-                content = reader.content(reader.region(f"{DISK_PREFIX}{name}"))
-                folder = Path(each.overlay.path).parent
-                wanted[folder] = wanted.get(folder, 0) + sum(ranges.total(part) for part in content)
-        for folder, count in wanted.items():
-            facts = os.statvfs(folder)
-            if facts.f_bavail * facts.f_frsize < count:
-                raise StorageError(
-                    str(folder),
-                    f"has room for {format_size(facts.f_bavail * facts.f_frsize)}, and the disks of {generation.name} "
-                    f"take {format_size(count)}: name another folder with `overlays` in the description",
-                )
-
-    def _make(self, repository: Repository, name: str, overlay: Overlay) -> None:
         purpose = f"disk {name} of VM {self._described.name} ({overlay.path})"
         needs.record(self._disk, repository.leases, overlay.need, purpose, [overlay.sequence])
         socket = self._folder.images(overlay.token)
@@ -367,6 +395,13 @@ class Disks:
     def _write(self, state: DiskState) -> None:
         disk_state.write(self._disk, self._place, state)
         self._state = state
+
+
+def _room(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    facts = os.statvfs(there)
+    return facts.f_bavail * facts.f_frsize
 
 
 def fact(disk: DescribedDisk, current: Current | None) -> dict[str, Any]:

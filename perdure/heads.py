@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from base import extents as ranges
@@ -14,6 +15,7 @@ from base.extents import Extents
 from restore.scrub import scrub
 from store.records import Generation
 from store.repository import Repository
+from vm.config import DISK_PREFIX
 from vm.memory import Memory
 
 
@@ -34,6 +36,32 @@ def again(repository: Repository, generation: Generation, more: Mapping[str, Any
                 kept_bytes=region.kept_bytes,
             )
         return writer.commit("rollback", metadata={**generation.metadata, **(more or {})})
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """What a VM goes on from that has not all of one instant: memory and devices of one generation, of each disk the
+    generation that it is of; those in `names` go `back` to one."""
+
+    memory: Generation
+    disks: dict[str, Generation]
+    back: Generation
+    names: tuple[str, ...]
+
+
+def of_several(repository: Repository, mixed: Mixed, more: Mapping[str, Any] | None = None) -> Generation:
+    """A generation that holds such a mix, and follows the one that its memory is of. Raises StorageError."""
+    memory = mixed.memory
+    sources = {f"{DISK_PREFIX}{name}": generation for name, generation in mixed.disks.items()}
+    sources |= {name: memory for name, region in memory.regions.items() if region.kind != "disk"}
+    facts = {name: each.metadata.get("disks", {}).get(name) for name, each in mixed.disks.items()}
+    with repository.writer(memory.vm, memory, sources) as writer:
+        for name, source in sources.items():
+            region = source.regions[name]
+            length, size = region.root.length, region.root.chunk_size
+            writer.region(name, region.kind, length, chunk_size=size, kept_bytes=region.kept_bytes)
+        known = {name: each for name, each in facts.items() if each is not None}
+        return writer.commit("rollback", metadata={**memory.metadata, "disks": known, **(more or {})})
 
 
 def kept_of(repository: Repository, generation: Generation, cause: str) -> Generation:

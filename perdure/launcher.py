@@ -154,20 +154,7 @@ class Launcher:
         """
         resumed = generation if generation is not None and generation.full and not boot else None
         self.folder.create()
-        if generation is not None and "tags" not in generation.metadata:
-            raise ConflictError(
-                f"{generation.name} was made by {generation.cause} and does not say what of it is to be kept: restore "
-                f"another generation with --from, or start with --without-restore"
-            )
-        problems = compare(self.description, self.measurements, generation)
-        platform, reason = self._platform()
-        if resumed is not None:
-            problems += resuming.version_warning(resumed, platform)
-            platform = resuming.fitting(self.description, platform, resumed)
-            files = {name: BackingFile(name, self.folder.path, 0) for name in self.description.backing_sizes}
-            argv = command_line(self.description, platform, self.folder, files)
-            resuming.require_same_devices(resumed, devices_of(argv))
-            resuming.require_same_disks(resumed, self.description)
+        platform, reason, problems = self.fitting(generation, boot=boot)
         memory = Memory.prepare(
             self.description.name,
             self._free_folder(),
@@ -190,14 +177,50 @@ class Launcher:
                 memory.release()
             raise
 
-    def go_on_from(self, repository: Repository, prepared: Prepared, *, drop_disks: bool = False) -> Prepared:
+    def fitting(self, generation: Generation | None, *, boot: bool) -> tuple[Platform, str, tuple[str, ...]]:
+        """Blocking: the platform on which a generation is resumed or booted, why it has its accelerator, and warnings.
+
+        Changes nothing. Raises ConflictError for one that does not fit the VM as it is described, VirtualMachineError.
+        """
+        resumed = generation if generation is not None and generation.full and not boot else None
+        if generation is not None and "tags" not in generation.metadata:
+            raise ConflictError(
+                f"{generation.name} was made by {generation.cause} and does not say what of it is to be kept: restore "
+                f"another generation with --from, or start with --without-restore"
+            )
+        problems = compare(self.description, self.measurements, generation)
+        platform, reason = self._platform()
+        if resumed is not None:
+            problems += resuming.version_warning(resumed, platform)
+            platform = resuming.fitting(self.description, platform, resumed)
+            files = {name: BackingFile(name, self.folder.path, 0) for name in self.description.backing_sizes}
+            argv = command_line(self.description, platform, self.folder, files)
+            resuming.require_same_devices(resumed, devices_of(argv))
+            resuming.require_same_disks(resumed, self.description)
+        return platform, reason, problems
+
+    def go_on_from(
+        self,
+        repository: Repository,
+        prepared: Prepared,
+        *,
+        drop_disks: bool = False,
+        mixed: heads.Mixed | None = None,
+    ) -> Prepared:
         """Blocking: where an older generation was prepared, or only a part of one, add one to history that equals it
         and follows it, so that the latest is always what the VM goes on from, also after a power loss.
 
         The disks are made with it, where a generation is resumed that has some, and served. `drop_disks`: images that
-        were disks until now are removed when the guest goes on. Raises StorageError, WorkerError, VirtualMachineError.
+        were disks until now are removed when the guest goes on. `mixed`: what it goes on from is of several
+        generations. Raises StorageError, WorkerError, VirtualMachineError.
         """
-        prepared = self._head(repository, prepared, drop_disks)
+        if mixed is None:
+            prepared = self._head(repository, prepared, drop_disks)
+        elif mixed.names:
+            with self.disks.going_back(repository, mixed.back, drop=drop_disks, names=mixed.names) as token:
+                prepared = replace(prepared, parent=heads.of_several(repository, mixed, {TOKEN: token}))
+        else:
+            prepared = replace(prepared, parent=heads.of_several(repository, mixed))
         self.disks.serve(repository)
         return prepared
 

@@ -7,16 +7,17 @@ import re
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from base import extents as ranges
 from base.disk import Disk
-from base.errors import ConflictError, UsageError
+from base.errors import ConflictError, NotFoundError, UsageError
 from base.extents import Extents
 from base.units import PAGE, format_size
-from perdure import documents
+from perdure import documents, graph
 from perdure.credentials import credential
 from perdure.opening import opened, repository_path
 from perdure.output import Output, moment, size, table
@@ -104,7 +105,15 @@ def log(options: Namespace) -> None:
     with opened(repository_path(options.repository), progress=output.progress()) as repository:
         names = [options.vm] if options.vm else repository.vms()
         found = [generation for name in names for generation in repository.generations(name)]
-    output.result({"generations": [documents.generation(each) for each in found]}, lambda: _log_text(found))
+        parents = {each.id: each.name for each in found}
+        for parent in {each.parent for each in found if each.parent}.difference(parents):
+            with suppress(NotFoundError):  # forgotten
+                parents[parent] = repository.resolve(parent).name  # of a VM that this one was cloned from
+    document = [
+        documents.generation(each) | {"parent_name": None if each.parent is None else parents.get(each.parent)}
+        for each in found
+    ]
+    output.result({"generations": document}, lambda: _graph_text(found) if options.graph else _log_text(found))
 
 
 def show(options: Namespace) -> None:
@@ -133,6 +142,18 @@ def diff(options: Namespace) -> None:
         },
     }
     output.result(document, lambda: _diff_text(changed))
+
+
+def _graph_text(found: list[Generation]) -> list[str]:
+    """The table of `_log_text`, newest first, with the drawing before it."""
+    header, *lines = _log_text(found)
+    line_of = {each.id: line for each, line in zip(found, lines, strict=True)}
+    drawn = list(graph.rows(found))
+    width = max((len(drawing) for drawing, _ in drawn), default=0)
+    return [
+        f"{'':<{width}}  {header}",
+        *(f"{drawing:<{width}}  {line_of[each.id] if each else ''}".rstrip() for drawing, each in drawn),
+    ]
 
 
 def _log_text(found: list[Generation]) -> list[str]:

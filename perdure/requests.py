@@ -13,6 +13,7 @@ from base.units import format_size
 from perdure import documents
 from perdure.background import schedule_document
 from perdure.disk_status import disk_status
+from perdure.rollback import Rollback
 from vm.channel import TokenBucket
 from vm.protocol import Committed, RegionEntry, RequestRefusedError, Welcome
 
@@ -131,17 +132,22 @@ class Requests:
         return documents.made(done.generation, done.seconds, done.forgotten)
 
     async def _rollback(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        generation, head, captured = await self._supervisor.roll_back(
-            str(arguments["point"]),
+        wanted = Rollback(
+            point=str(arguments["point"]),
             discard=bool(arguments.get("discard")),
             boot=bool(arguments.get("boot")),
-            progress=progress,
+            memory_only=bool(arguments.get("memory_only")),
+            disks=tuple(str(each) for each in arguments.get("disks", ())),
+            force=bool(arguments.get("force")),
         )
+        if arguments.get("dry_run"):
+            return await self._supervisor.preview(wanted)
+        done = await self._supervisor.roll_back(wanted, progress)
         return {
-            **documents.point(generation),
-            "goes_on_as": head.number,
-            "resumed": head.full,
-            "captured": _number(captured),
+            **documents.point(done.generation),
+            "goes_on_as": done.head.number,
+            "resumed": done.head.full,
+            "captured": _number(done.captured),
         }
 
     async def _regions(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -32,7 +32,9 @@ from perdure.filling import Filling
 from perdure.forgetting import forget_by_policy
 from perdure.launcher import Launcher
 from perdure.machine import Machine
+from perdure.preview import preview
 from perdure.requests import Requests
+from perdure.rollback import Rollback, RolledBack, carry_out
 from perdure.schedule import Due, Timetable
 from store.records import Generation
 from store.repository import Repository
@@ -158,11 +160,11 @@ class Supervisor:
             if keep:
                 await machine.stop()
                 try:
-                    number = (await self._capture(machine, "stop", None)).generation.number
+                    number = (await self.capture_machine(machine, "stop", None)).generation.number
                 except BaseException:
-                    await self._go_on(machine)
+                    await self.go_on(machine)
                     raise
-            await self._quit(machine)
+            await self.quit_machine(machine)
             ended = Ended("stopped", generation=number)
             self._end(ended)
             return ended
@@ -174,54 +176,18 @@ class Supervisor:
             await machine.hold_for_reset()
             return await self._go_through_reboot(machine, "host reboot")
 
-    async def roll_back(
-        self, point: str, *, discard: bool, boot: bool = False, progress: Progress
-    ) -> tuple[Generation, Generation, Captured | None]:
-        """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one, if it is not to `boot`.
-
-        The VM is captured first, unless what it has is to be discarded: in full, if a full one is resumed. The new
-        memory is restored and verified beside the old before the old QEMU is ended: until then, any error leaves the
-        guest as it was. Gives that generation, the one that history goes on from, and the capture.
-        """
+    async def roll_back(self, wanted: Rollback, progress: Progress) -> RolledBack:
+        """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one; see perdure.rollback."""
         async with self._operation:
-            machine = self.machine
-            generation = await self.in_store(lambda: self._own(point))
-            prepared = await self.in_store(
-                lambda: self.launcher.prepare(self.repository, generation, progress, machine.memory, boot=boot)
-            )
-            try:
-                captured = None
-                if not discard:
-                    captured = await self._capture_before_rollback(machine, full=prepared.devices is not None)
-                await machine.stop()
-                drops = discard or (captured is not None and captured.generation.full)
-                head = await self.in_store(
-                    lambda: self.launcher.go_on_from(self.repository, prepared, drop_disks=drops)
-                )
-            except BaseException:
-                await self.in_store(prepared.discard)
-                await self._go_on(machine)
-                raise
-            self.state = "rolling back"
-            await self._quit(machine)
-            try:
-                await self._follow(await self.launcher.launch(head, self.in_store))
-            except BaseException as error:  # there is no VM any more: the next run launches it from `head`
-                self._fail(error)
-                raise
-            self.say(f"rolled back to {generation.name}: {prepared.summary}")
-            return generation, head.parent or generation, captured
+            return await carry_out(self, wanted, progress)
 
-    async def _capture_before_rollback(self, machine: Machine, *, full: bool) -> Captured:
-        """The guest is stopped afterwards: nothing of it is lost between this and its end."""
-        if full:
-            if self.state == "held":
-                raise ConflictError(f"VM {self.vm} is held and cannot be captured in full: --discard does without")
-            await machine.require_full()
-            execution = Execution(machine, asyncio.get_running_loop(), leave_stopped=True)
-            return await self._capture(machine, "before rollback", execution, full=True)
-        await machine.stop()
-        return await self._capture(machine, "before rollback", None)
+    async def preview(self, wanted: Rollback) -> dict[str, Any]:
+        """What that would change, as a document; nothing is changed."""
+        async with self._operation:
+            machine, held = self.machine, self.state == "held"
+            return await self.in_store(
+                lambda: preview(self.launcher, self.repository, self.own(wanted.point), wanted, machine, held=held)
+            )
 
     async def _start(self, begin: Begin, boot: bool | None) -> None:
         qemu = self.launcher.find()
@@ -257,7 +223,7 @@ class Supervisor:
             raise IntegrityError(error.object, problem, offset=error.offset, chunk=error.chunk) from error
         prepared = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
         machine = await self.launcher.launch(prepared, self.in_store)
-        await self._follow(machine)
+        await self.follow(machine)
         for warning in prepared.warnings:
             self.say(f"warning: {warning}")
         self.say(f"{self.vm} started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}")
@@ -267,7 +233,7 @@ class Supervisor:
 
     async def _adopt(self, qemu: Qemu) -> None:
         machine = await self.launcher.adopt(qemu, self.repository, self.in_store)
-        await self._follow(machine)
+        await self.follow(machine)
         self.say(f"{self.vm} taken over (pid {machine.pid}), tracker {machine.tracking.choice.kind}")
         await settle_bitmaps(machine)
         waiting = await machine.pending_hold()
@@ -276,7 +242,7 @@ class Supervisor:
         elif await machine.go_on_if_paused():
             self.say(f"{self.vm} was paused, and goes on")
 
-    async def _follow(self, machine: Machine) -> None:
+    async def follow(self, machine: Machine) -> None:
         self._machine = machine
         self.state = "running"
         machine.open_channel(self._requests, self.say)
@@ -301,7 +267,7 @@ class Supervisor:
         """Without a watcher, and be it for a defect of ours, there is no supervisor."""
         error = None if watcher.cancelled() else watcher.exception()
         if error is not None:
-            self._fail(error)
+            self.fail(error)
 
     async def _died(self, machine: Machine) -> None:
         """QEMU ended by itself: what it left in memory is captured."""
@@ -328,7 +294,7 @@ class Supervisor:
                 self.say(f"{self.vm} stays held, its memory as it was: `perdure stop {self.vm} --capture` tries again")
                 return
             number = done.generation.number
-        await self._quit(machine)
+        await self.quit_machine(machine)
         self._end(
             Ended("the guest shut down" if found.cause is Cause.POWEROFF else "the guest panicked", generation=number)
         )
@@ -350,7 +316,7 @@ class Supervisor:
     async def _try_capture(self, machine: Machine, cause: str) -> Captured | None:
         """A failed capture must not keep a guest down: what it would have kept is still in memory."""
         try:
-            return await self._capture(machine, cause, None)
+            return await self.capture_machine(machine, cause, None)
         except PerdureError as error:
             self.say(f"{self.vm} NOT CAPTURED at {cause}: {one_line(error)}")
             return None
@@ -368,9 +334,9 @@ class Supervisor:
         if full:
             await machine.require_full()
         execution = None if self.state == "held" else Execution(machine, asyncio.get_running_loop())
-        return await self._capture(machine, cause, execution, tags, metadata, progress, full=full)
+        return await self.capture_machine(machine, cause, execution, tags, metadata, progress, full=full)
 
-    async def _capture(
+    async def capture_machine(
         self,
         machine: Machine,
         cause: str,
@@ -425,19 +391,19 @@ class Supervisor:
         except PerdureError as error:
             self.say(f"{self.vm}: after the capture: {one_line(error)}")
 
-    def _own(self, point: str) -> Generation:
+    def own(self, point: str) -> Generation:
         self.repository.refresh()
         generation = self.repository.resolve(point)
         if generation.vm != self.vm:
             raise ConflictError(f"{generation.name} is a generation of another VM than {self.vm}")
         return generation
 
-    async def _go_on(self, machine: Machine) -> None:
+    async def go_on(self, machine: Machine) -> None:
         """After something failed: as it was, running or held."""
         if self.state == "running":
             await machine.cont()
 
-    async def _quit(self, machine: Machine) -> None:
+    async def quit_machine(self, machine: Machine) -> None:
         self._machine = None
         if self._watcher is not None and self._watcher is not asyncio.current_task():
             self._watcher.cancel()
@@ -491,6 +457,6 @@ class Supervisor:
         if not self._ended.done():
             self._ended.set_result(ended)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         if not self._ended.done():
             self._ended.set_exception(error)

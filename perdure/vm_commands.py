@@ -13,6 +13,7 @@ from perdure import places
 from perdure.control import call
 from perdure.disk_texts import followed_text, reads_text
 from perdure.output import Output, moment, table
+from perdure.rollback_text import preview_text
 
 CONTROL = "control.sock"
 
@@ -72,9 +73,10 @@ def rollback(options: Namespace) -> None:
     vm, at, _ = options.point.rpartition("@")
     if not at:
         raise UsageError(f"{options.point!r}: write VM@N, so that it is clear which VM is rolled back")
-    arguments = {"point": options.point, "discard": options.discard, "boot": options.boot}
+    names = ("point", "discard", "boot", "memory_only", "force", "dry_run")
+    arguments = {**{name: getattr(options, name) for name in names}, "disks": options.disk}
     done = _call(vm, "rollback", arguments, output)
-    output.result(done, lambda: [_rollback_text(done)])
+    output.result(done, lambda: preview_text(done) if options.dry_run else [_rollback_text(done)])
 
 
 def regions(options: Namespace) -> None:

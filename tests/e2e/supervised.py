@@ -203,6 +203,12 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
         assert done.returncode == code, (words, done.returncode, done.stderr)
         return json.loads(done.stdout) if done.stdout else None
 
+    def lines(self, *words: object) -> list[str]:
+        """Any other command; what it prints for people."""
+        done = self._command(*words)
+        assert done.returncode == 0, (words, done.returncode, done.stderr)
+        return done.stdout.decode().splitlines()
+
     def refused(self, *words: object, code: int = 1) -> str:
         """A command that does not do what it is told; the one line that says why."""
         done = self._command(*words)

@@ -27,6 +27,7 @@ from test_full import (
     goes_on,
     image,
     judged_with_disks,
+    walked,
     writes_on,
 )
 from test_survival import boot
@@ -94,18 +95,27 @@ def let_fill(vm: Supervised) -> None:
     vm.until(lambda: not list(vm.runtime.glob("then-*.sock")), "the server has ended")
 
 
-def left_at(vm: Supervised) -> int:
-    """The last step of the walk over disks that is on them."""
-    steps = """
-def steps(disk):
-    buffer = mmap.mmap(-1, 65536)
+LOOK = """
+def highest(path):
+    buffer, disk = mmap.mmap(-1, 65536), os.open(path, os.O_RDONLY | os.O_DIRECT)
+    found = []
     for at in range(64):
         os.preadv(disk, [buffer], at * 65536)
-        yield memoryview(buffer).cast("Q")[0]
-disk = os.open("/dev/vda", os.O_RDONLY | os.O_DIRECT)
+        found.append(memoryview(buffer).cast("Q")[0])
+    os.close(disk)
+    return max(found)
 """
-    vm.guest.run(steps)
-    return int(vm.guest.run("max(steps(disk))"))
+
+
+def highest(vm: Supervised, path: str) -> int:
+    """The last step of the walk over disks that is on one, as the guest reads it past its cache."""
+    return int(vm.guest.run(f"highest({path!r})"))
+
+
+def stored(vm: Supervised, number: int, disk: str) -> str:
+    """What a generation has of a disk, by the root of its page map."""
+    regions = vm.perdure("show", f"{NAME}@{number}")["regions"]
+    return str(next(each["root"] for each in regions if each["name"] == f"disk:{disk}"))
 
 
 def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
@@ -116,6 +126,17 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
         writes_on(vm)
         point = f"{NAME}@{judged_with_disks(vm)['generation']}"
         booted, then = vm.guest.boot_id, disk_walked(vm)
+        writes_on(vm)
+        history = vm.log()
+        planned = vm.perdure("rollback", point, "--dry-run")
+        assert (planned["resumes"], planned["captured_first"], planned["compared_with"]) == (True, "full", point)
+        assert [each["disk"] for each in planned["disks"]] == ["one", "two"]
+        assert all(0 < each["content_bytes"] < each["room_bytes"] for each in planned["disks"])
+        assert {each["name"]: each["changed_bytes"] for each in planned["regions"]} == {"ram": 0, "pm0": 0, "device": 0}
+        assert "what it writes next may destroy them" in vm.refused("rollback", point, "--memory-only")
+        assert "unless they are not mounted" in vm.refused("rollback", point, "--disk", "one")
+        assert "demo@1 has no disk three" in vm.refused("rollback", point, "--disk", "three", "--force")
+        assert vm.log() == history and not (vm.folder / "perdure-overlays").exists()
         writes_on(vm)
         done = vm.perdure("rollback", point)
         before = {name: hashed(vm.folder / name) for name in ("one", "two")}
@@ -162,9 +183,29 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
             in vm.run.text
         )
         assert vm.guest.boot_id != booted
-        vm.guest.run(ORDINARY + ON_DISK.replace("[0], []", f"[{left_at(vm)}], []"))
+        vm.guest.run(LOOK)
+        vm.guest.run(ORDINARY + ON_DISK.replace("[0], []", f"[{highest(vm, '/dev/vda')}], []"))
         writes_on(vm)
         let_fill(vm)
+        vm.guest.run("finish()")
+        steps, booted = disk_walked(vm), vm.guest.boot_id
+        mixed = vm.perdure("rollback", point, "--disk", "two", "--force")
+        assert vm.guest.wait_ready(SECONDS) == booted
+        assert walked(vm) and disk_walked(vm) == steps  # memory goes on
+        assert highest(vm, "/dev/vda") == steps
+        assert 0 < highest(vm, "/dev/vdb") < then + DISK_BLOCKS < steps
+        assert {name: each["state"] for name, each in disks(vm).items()} == {"one": "filled", "two": "filling"}
+        for name, number in (("one", mixed["captured"]), ("two", 1)):
+            assert stored(vm, mixed["goes_on_as"], name) == stored(vm, number, name)
+        let_fill(vm)
+        back = vm.perdure("rollback", f"{NAME}@{mixed['captured']}", "--memory-only", "--force")
+        assert vm.guest.wait_ready(SECONDS) == booted
+        assert highest(vm, "/dev/vdb") < then + DISK_BLOCKS  # as it was
+        assert stored(vm, back["goes_on_as"], "two") == stored(vm, 1, "two")
+        graph = vm.lines("log", NAME, "--graph")
+        assert any(line.startswith("|-'") for line in graph) and graph[-1].split()[:2] == ["*", f"{NAME}@1"]
+        parents = {each["generation"]: each["parent_name"] for each in vm.log()}
+        assert (parents[1], parents[2], parents[3]) == (None, f"{NAME}@1", f"{NAME}@1")
         vm.perdure("stop", NAME)
         assert vm.run.ended() == 0
         vm.perdure("forget", point)
@@ -172,5 +213,5 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
         vm.perdure("disks", NAME, "--reset", "one")
         assert [each["disk"] for each in vm.perdure("disks", NAME)["left"]] == ["one"]
         vm.perdure("disks", NAME, "--clean")
-        assert len(list((vm.folder / "perdure-overlays").iterdir())) == 1
+        assert [path.name.split("-")[1] for path in (vm.folder / "perdure-overlays").iterdir()] == ["two"]
         assert before == {name: hashed(vm.folder / name) for name in ("one", "two")}

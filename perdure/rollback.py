@@ -1,0 +1,151 @@
+"""Going back: what a rollback does to the VM that runs, in which order, so that an error on the way changes nothing.
+
+Memory is restored and verified beside the old one, the VM is captured, history gets its new head (and the disks their
+images with it), the old QEMU ends, the new one is launched. A mix of instants, memory of one with disks of another,
+is only made by force: a guest has caches of its disks in its memory.
+
+Part of the supervisor: everything runs in its loop, under its lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from base.errors import ConflictError, NotFoundError, UsageError
+from base.progress import Progress
+from capture.generation import Captured
+from perdure.execution import Execution
+from perdure.heads import Mixed
+from perdure.launcher import Prepared
+from perdure.machine import Machine
+from perdure.resuming import disks_of
+from store.records import Generation
+
+if TYPE_CHECKING:
+    from perdure.supervisor import Supervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """What is wanted. `memory_only`: the disks stay as they are; `disks`: only these go back, and the rest stays."""
+
+    point: str
+    discard: bool = False
+    boot: bool = False
+    memory_only: bool = False
+    disks: tuple[str, ...] = ()
+    force: bool = False
+
+    @property
+    def mixes(self) -> bool:
+        """Whether memory and disks will be of different instants."""
+        return self.memory_only or bool(self.disks)
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """What was done: the generation gone back to, the one that history goes on from, what was captured before."""
+
+    generation: Generation
+    head: Generation
+    captured: Captured | None
+
+
+def require_sense(generation: Generation, wanted: Rollback) -> None:
+    """Raises UsageError, ConflictError, NotFoundError for what cannot be done, or only by force."""
+    if not wanted.mixes:
+        return
+    if wanted.memory_only and wanted.disks:
+        raise UsageError("--memory-only and --disk exclude each other")
+    if wanted.discard or wanted.boot:
+        raise UsageError("--memory-only and --disk go on from what is captured now: not with --discard or --boot")
+    if wanted.memory_only and not generation.full:
+        raise ConflictError(f"{generation.name} is not full: without --memory-only the VM boots with its memory")
+    for name in wanted.disks:
+        if name not in disks_of(generation):
+            has = ", ".join(disks_of(generation)) or "none"
+            raise NotFoundError(f"{generation.name} has no disk {name}: it has {has}")
+    if not wanted.force:
+        raise ConflictError(f"{risk(generation, wanted)}: --force does it all the same")
+
+
+def risk(generation: Generation, wanted: Rollback) -> str:
+    """What may break by a mix, in words."""
+    if wanted.memory_only:
+        return (
+            f"memory would be of {generation.name} and disks of now: what the guest has cached of its file systems is "
+            "older than what they hold, and what it writes next may destroy them"
+        )
+    return (
+        f"disk {', '.join(wanted.disks)} would be of {generation.name} and memory of now: what the guest has cached of "
+        "its file systems is newer than what they hold, and what it writes next may destroy them, unless they are not "
+        "mounted"
+    )
+
+
+async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress) -> RolledBack:
+    """Go back. Until the old QEMU is ended, any error leaves the guest as it was."""
+    machine = supervisor.machine
+    generation = await supervisor.in_store(lambda: supervisor.own(wanted.point))
+    require_sense(generation, wanted)
+    prepared: Prepared | None = None
+    captured: Captured | None = None
+    try:
+        if wanted.disks:  # memory goes on from what is captured now
+            captured = await _capture(supervisor, machine, full=True)
+        source = generation if captured is None else captured.generation
+        prepared = made = await supervisor.in_store(
+            lambda: supervisor.launcher.prepare(
+                supervisor.repository, source, progress, machine.memory, boot=wanted.boot
+            )
+        )
+        if captured is None and not wanted.discard:
+            captured = await _capture(supervisor, machine, full=made.devices is not None)
+        await machine.stop()
+        mixed = _mixed(generation, wanted, captured)
+        drops = wanted.discard or (captured is not None and captured.generation.full)
+        head = await supervisor.in_store(
+            lambda: supervisor.launcher.go_on_from(supervisor.repository, made, drop_disks=drops, mixed=mixed)
+        )
+    except BaseException:
+        if prepared is not None:
+            await supervisor.in_store(prepared.discard)
+        await supervisor.go_on(machine)
+        raise
+    supervisor.state = "rolling back"
+    await supervisor.quit_machine(machine)
+    try:
+        await supervisor.follow(await supervisor.launcher.launch(head, supervisor.in_store))
+    except BaseException as error:  # there is no VM any more: the next run launches it from `head`
+        supervisor.fail(error)
+        raise
+    what = f"disk {', '.join(wanted.disks)} of {generation.name}" if wanted.disks else generation.name
+    supervisor.say(f"rolled back to {what}: {prepared.summary}")
+    return RolledBack(generation, head.parent or generation, captured)
+
+
+async def _capture(supervisor: Supervisor, machine: Machine, *, full: bool) -> Captured:
+    """The guest is stopped afterwards: nothing of it is lost between this and its end."""
+    if full:
+        if supervisor.state == "held":
+            raise ConflictError(f"VM {supervisor.vm} is held and cannot be captured in full: --discard does without")
+        await machine.require_full()
+        execution = Execution(machine, asyncio.get_running_loop(), leave_stopped=True)
+        return await supervisor.capture_machine(machine, "before rollback", execution, full=True)
+    await machine.stop()
+    return await supervisor.capture_machine(machine, "before rollback", None)
+
+
+def _mixed(generation: Generation, wanted: Rollback, captured: Captured | None) -> Mixed | None:
+    if not wanted.mixes:
+        return None
+    assert captured is not None
+    now = captured.generation
+    return Mixed(
+        memory=generation if wanted.memory_only else now,
+        disks={name: generation if name in wanted.disks else now for name in disks_of(now)},
+        back=generation,
+        names=wanted.disks,
+    )
