@@ -71,6 +71,10 @@ class Tracker(Protocol):
         no harm; used where memory can be discarded, where everything is unknown without it.
         """
 
+    def peek(self) -> Extents | None:
+        """What has been written since the previous `collect` or `arm`, as far as that is seen without clearing a bit:
+        for counts, at any time. None: unknown. Nothing is lost where it fails, as it may with a QEMU that has ended."""
+
     def committed(self) -> None:
         """All that was collected is in a durable generation, the baseline from now on.
 
@@ -102,6 +106,10 @@ class ScanTracker:
     def collect(self, *, running: bool, known: Extents | None = None) -> Dirty:  # noqa: ARG002  the protocol's
         """Always unknown."""
         return Dirty(None, None)
+
+    def peek(self) -> Extents | None:
+        """Always unknown."""
+        return None
 
     def committed(self) -> None:
         """Nothing to do."""
@@ -171,6 +179,16 @@ class WriteProtectTracker:
             return Dirty(self._since, fresh)
         discarded = None if known is None else self._discarded(known)
         return Dirty(_either(self._since, discarded), _either(fresh, discarded))
+
+    def peek(self) -> Extents | None:
+        """Raises VirtualMachineError."""
+        mappings = self._mappings()
+        try:
+            return self._pagemap.written(mappings, rearm=False)
+        except PermissionError:  # a mapping that is not registered
+            return None
+        except OSError as error:
+            raise self._failed("PAGEMAP_SCAN", error) from error
 
     def committed(self) -> None:
         """Clears what has been collected."""

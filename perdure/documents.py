@@ -7,6 +7,7 @@ from typing import Any
 
 from base.units import format_size
 from capture.disks import reads_of
+from capture.pause import Limits, Stopped
 from perdure.disk_texts import reads_text
 from perdure.output import moment
 from store.records import Generation
@@ -49,6 +50,16 @@ def forgotten_text(forgotten: Sequence[Generation]) -> list[str]:
     if not forgotten:
         return []
     return [f"forgotten to stay within the quota: {', '.join(each.name for each in forgotten)}"]
+
+
+def over_limit(stopped: Stopped | None, limits: Limits) -> list[str]:
+    """A pause that was longer than the policy wants, if it was."""
+    if stopped is None or limits.pause_ms_max is None or stopped.longest_ms <= limits.pause_ms_max:
+        return []
+    return [
+        f"stopped for {stopped.longest_ms:.0f} ms, and pause_ms_max is {limits.pause_ms_max}: after {stopped.rounds} "
+        "rounds of storing while it ran, what was still dirty did not fit"
+    ]
 
 
 def generation(generation: Generation, *, full: bool = False) -> dict[str, Any]:

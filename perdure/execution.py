@@ -1,7 +1,7 @@
 """What a capture, which runs in the repository's thread, has done by the supervisor's loop: the guest stopped and
 continued, its devices saved, its disks kept at that instant.
 
-`Execution` and `DiskInstant` are capture.generation's and capture.disks' protocols on a `Machine`.
+`Execution` and `DiskInstant` are capture.pause's and capture.disks' protocols on a `Machine`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,14 @@ class Execution:
     def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop, *, leave_stopped: bool = False) -> None:
         self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
 
+    def runs(self) -> bool:
+        """See capture.pause.Execution, for this and the others."""
+        return _wait(self._loop, self._machine.monitor.query_status()) == "running"
+
+    def settle(self) -> None:
+        disks.sync(self._machine.description)
+
     def prepare(self) -> None:
-        """See capture.generation.Execution, for this and the others."""
         _wait(self._loop, migration.prepare(self._machine.monitor))
 
     def stop(self) -> None:

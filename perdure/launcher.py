@@ -25,8 +25,9 @@ from base.errors import ConflictError, NotFoundError, PerdureError, StorageError
 from base.progress import Progress
 from base.units import format_size
 from capture.choice import probe_facts
-from capture.generation import Captured, CapturedRegion, capture
+from capture.generation import Captured, capture
 from capture.journal import Journal
+from capture.sources import CapturedRegion
 from capture.trackers import ScanTracker
 from capture.tracking import start_tracking
 from perdure import heads, resuming

@@ -15,8 +15,10 @@ from typing import Any
 from base import extents as ranges
 from base.errors import ConflictError, PerdureError, StorageError, VirtualMachineError
 from base.units import PAGE
-from capture.generation import Captured, CapturedRegion
+from capture.generation import Captured
 from capture.journal import Journal
+from capture.pause import PauseModel
+from capture.sources import CapturedRegion
 from capture.tracking import Tracking
 from perdure.resuming import recorded
 from restore.scrub import scrub
@@ -65,6 +67,7 @@ class Machine:
     note_parent: Callable[[Generation | None], None] = lambda _: None
     disk_bases: dict[str, Generation] = field(default_factory=dict)
     """By disk, the newest generation that has it."""
+    pauses: PauseModel = field(default_factory=PauseModel)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property

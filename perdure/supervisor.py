@@ -24,6 +24,7 @@ from base.progress import Progress
 from base.units import format_size
 from capture.disks import reads_of
 from capture.generation import Captured, capture
+from capture.pause import Limits
 from perdure import background, documents, resuming
 from perdure.control import serve
 from perdure.disk_texts import reads_text
@@ -90,6 +91,7 @@ class Supervisor:
         self.filling: Filling | None = None
         """Of the disks that went back, while there is a QEMU."""
         self.policy = launcher.description.policy
+        self.limits = Limits(self.policy.pause_ms_max, self.policy.rounds_max, self.policy.over_limit == "exceed")
         self.timetable = Timetable(self.vm, launcher.description.schedules, datetime.now(UTC))
         self._beside: list[asyncio.Task[None]] = []
 
@@ -364,6 +366,8 @@ class Supervisor:
                 disks=disks,
                 tags=tags,
                 metadata=facts,
+                limits=self.limits,
+                pauses=machine.pauses,
                 progress=progress or self._progress,
             )
 
@@ -376,7 +380,11 @@ class Supervisor:
                     await settle_bitmaps(machine)
         self._tidying = asyncio.create_task(self._tidy())
         self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
-        for line in (*reads_text(reads_of(done.generation)), *documents.forgotten_text(done.forgotten)):
+        for line in (
+            *reads_text(reads_of(done.generation)),
+            *documents.forgotten_text(done.forgotten),
+            *documents.over_limit(done.stopped, self.limits),
+        ):
             self.say(f"{self.vm}: {line}")
         return done
 

@@ -264,7 +264,7 @@ def _problems(vm: Description) -> Iterable[tuple[str, str]]:
             yield f"disk[{at}].capture", "a disk that the guest cannot write to is not captured"
     for at, region in enumerate(vm.regions):
         yield from _size_problems(f"region[{at}].size", region.size, REGION_BYTES_MIN)
-    yield from policy.problems(vm.schedules)
+    yield from policy.problems(vm.policy, vm.schedules)
 
 
 def _size_problems(key: str, size: int, smallest: int) -> Iterable[tuple[str, str]]:

@@ -13,6 +13,9 @@ import msgspec
 
 from base.timetable import Interval, WallTime, local_zone, parse_interval, parse_wall_time, parse_zone
 
+PAUSE_MS_MIN = 1
+ROUNDS_MAX = 1000
+
 
 class Size(int):
     """Bytes; in the file as `64MiB`, `64M`, `0x1000` or a number."""
@@ -29,6 +32,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When the supervisor is told by SIGTERM to leave the VM."""
     forget_after_capture: bool = False
     """Whether each capture is followed by what `perdure forget VM` does by the policy that stands in the repository."""
+    pause_ms_max: int | None = None
+    """What a capture of a running guest may stop it for; None: whatever it takes."""
+    rounds_max: int = 4
+    """How often dirty pages are stored while the guest runs, until the rest fits the pause."""
+    over_limit: Literal["exceed", "give-up"] = "exceed"
+    """What becomes of a capture that does not fit the pause after all rounds."""
     tracker: Literal["auto", "scan", "userfaultfd"] = "auto"
     measurements: Literal["require", "warn", "ignore"] = "warn"
     fill_bandwidth: Size = Size(64 << 20)
@@ -63,8 +72,14 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return found
 
 
-def problems(schedules: Sequence[Schedule]) -> Iterable[tuple[str, str]]:
+def problems(policy: Policy, schedules: Sequence[Schedule]) -> Iterable[tuple[str, str]]:
     """(key, problem) of everything that types do not say."""
+    if policy.pause_ms_max is not None and policy.pause_ms_max < PAUSE_MS_MIN:
+        yield "policy.pause_ms_max", f"must be at least {PAUSE_MS_MIN}"
+    if not 1 <= policy.rounds_max <= ROUNDS_MAX:
+        yield "policy.rounds_max", f"must be from 1 to {ROUNDS_MAX}"
+    if policy.over_limit == "give-up" and policy.pause_ms_max is None:
+        yield "policy.over_limit", "give-up needs a limit: set pause_ms_max, too"
     for at, schedule in enumerate(schedules):
         yield from _schedule_problems(f"schedule[{at}]", schedule)
 

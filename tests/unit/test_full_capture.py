@@ -20,8 +20,9 @@ from base.errors import VirtualMachineError
 from base.extents import EMPTY, Extents
 from base.units import PAGE
 from capture.disks import DISK_CHUNK, CapturedDisk, token_of
-from capture.generation import Captured, CapturedRegion, capture
+from capture.generation import Captured, capture
 from capture.journal import Journal
+from capture.sources import CapturedRegion
 from capture.trackers import Dirty, Kind
 from store.records import Generation, HurtGeneration
 from store.repository import Repository
@@ -31,7 +32,7 @@ PAGES = {"ram": 96, "pm0": 48}
 KEPT = ranges.normalise([(0, 4 * PAGE), (16 * PAGE, 24 * PAGE)])
 
 
-EVERYTHING = ["prepare", "prepare_disks", "stop", "device_state", "freeze_disks", "cont", "take_back"]
+EVERYTHING = ["prepare", "prepare_disks", "settle", "stop", "device_state", "freeze_disks", "cont", "take_back"]
 CHUNK = DISK_CHUNK
 
 
@@ -84,6 +85,9 @@ class NotingTracker:
         self.written.clear()
         self._since = None if self._since is None else ranges.union(self._since, fresh)
         return Dirty(self._since, fresh)
+
+    def peek(self) -> Extents | None:
+        return ranges.normalise([(page * PAGE, (page + 1) * PAGE) for page in self.written])
 
     def committed(self) -> None:
         self._since = EMPTY
@@ -237,6 +241,12 @@ class Guest:
         self.note("prepare")
         self.write(2)  # it still runs
 
+    def runs(self) -> bool:
+        return True
+
+    def settle(self) -> None:
+        self.note("settle")
+
     def stop(self) -> None:
         self.note("stop")
 
@@ -284,7 +294,7 @@ def judge(repository: Repository, guest: Guest, done: Captured, *, full: bool) -
         assert made.region_bytes == sum(PAGES.values()) * PAGE + len(guest.devices) + len(guest.disk.instant)
         assert guest.journal.baseline("ram") == made.id
     else:
-        assert guest.told == ["stop", "cont"]
+        assert guest.told == ["settle", "stop", "cont"]
         assert list(made.regions) == ["pm0"]
         wanted = bytearray(PAGES["pm0"] * PAGE)
         for start, end in KEPT.tolist():
@@ -315,7 +325,7 @@ def test_generations_of_both_sorts_in_any_order(where: Place, tmp_path: Path, se
                 if repository.has(forgotten):
                     repository.forget(forgotten)
             elif what == "fail":
-                fail(repository, guest, guest.random.choice([*EVERYTHING[:5], "disks"]))
+                fail(repository, guest, guest.random.choice([*EVERYTHING[:6], "disks"]))
             else:
                 full = what == "full"
                 judge(repository, guest, guest.capture(repository, full=full), full=full)
@@ -334,8 +344,9 @@ def fail(repository: Repository, guest: Guest, at: str) -> None:
         == {
             "prepare": ["prepare", "release_disks"],
             "prepare_disks": ["prepare", "prepare_disks", "take_back", "release_disks"],
-            "stop": [*EVERYTHING[:3], "take_back", "release_disks"],
-            "device_state": [*EVERYTHING[:4], "cont", "take_back", "release_disks"],
+            "settle": [*EVERYTHING[:3], "take_back", "release_disks"],
+            "stop": [*EVERYTHING[:4], "take_back", "release_disks"],
+            "device_state": [*EVERYTHING[:5], "cont", "take_back", "release_disks"],
             "freeze_disks": [*EVERYTHING, "release_disks"],
             "disks": [*EVERYTHING, "disks", "release_disks"],
         }[at]

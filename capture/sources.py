@@ -1,0 +1,128 @@
+"""One region of a generation in the making: its open backing file, its draft, and what of it is still to be looked at.
+
+Belongs to the thread of the writer.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from base import extents as ranges
+from base.errors import StorageError
+from base.extents import Extents
+from base.progress import Progress
+from capture.trackers import Tracker
+from store.records import Generation
+from store.writer import GenerationWriter, RegionDraft
+
+_READ_ANYWAY = 64 << 10
+"""Ranges up to so many bytes are copied without looking for holes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedRegion:
+    """A region as a capture sees it: its backing file (offsets are the region's), and what of it goes into the
+    generation, `kept` (over a reboot) or, in a full generation, all of it.
+
+    `base` is the generation that the tracker's baseline is, None while it has none: then all is looked at.
+    """
+
+    name: str
+    kind: str
+    path: Path
+    length: int
+    kept: Extents
+    tracker: Tracker
+    base: Generation | None = None
+
+
+class Source:
+    """One region of one capture: its open file, its draft, and what is still to be looked at."""
+
+    def __init__(self, region: CapturedRegion, draft: RegionDraft, content: Extents, pending: Extents) -> None:
+        self.region, self.draft, self.content, self.pending = region, draft, content, pending
+        self._asked = False
+        try:
+            self.descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError.from_os(error, str(region.path), "open") from error
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def collect(self, *, running: bool) -> None:
+        """Ask the tracker; the first time all since the baseline is pending, later what came since."""
+        found = self.region.tracker.collect(running=running, known=self.content)
+        changed = found.fresh if self._asked else found.extents
+        changed = self.content if changed is None else ranges.intersect(changed, self.content)
+        self._asked = True
+        self.pending = ranges.union(self.pending, changed)
+
+    def store(self, writer: GenerationWriter, progress: Progress) -> None:
+        """Put what is pending into packs, from where it lies."""
+        writer.replace(self.draft, self.descriptor, self.pending, progress)
+        self.pending = ranges.EMPTY
+
+    def store_from(self, writer: GenerationWriter, copy: int) -> None:
+        """Put what is pending into packs, from a copy of it at the same offsets of another file."""
+        writer.replace(self.draft, copy, self.pending)
+        self.pending = ranges.EMPTY
+
+    @property
+    def followed(self) -> bool:
+        """Whether its tracker knows what was written; else all that is resident is looked at."""
+        return self.region.tracker.kind != "scan"
+
+    @property
+    def present(self) -> Extents:
+        """What of the pending ranges is no hole, or so small that looking costs more than reading zeros."""
+        small = self.pending[:, 1] - self.pending[:, 0] <= _READ_ANYWAY
+        found = [self.pending[small]]
+        for start, end in self.pending[~small].tolist():
+            found.append(ranges.resident(self.descriptor, min(end, self.region.length), start))
+        return ranges.normalise(np.concatenate(found))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of `present`."""
+        return ranges.total(self.present)
+
+
+def open_source(
+    stack: ExitStack,
+    writer: GenerationWriter,
+    region: CapturedRegion,
+    base: Generation | None,
+    *,
+    known: bool,
+    full: bool,
+) -> Source:
+    """Begin a region: what is new in it since its base is to be looked at, what is not in it any more becomes zero.
+
+    All is looked at where it is not `known` what changed since the base, and where something of that is lost: memory
+    still has it.
+    """
+    everything = ranges.normalise([(0, region.length)])
+    content = everything if full else region.kept
+    draft = writer.region(region.name, region.kind, region.length, kept_bytes=ranges.total(content))
+    before = ranges.EMPTY if base is None else content_of(base, region.name)
+    writer.clear(draft, ranges.subtract(before, content))
+    pending = content if not known or draft.anew else ranges.subtract(content, before)
+    source = Source(region, draft, content, pending)
+    stack.callback(source.close)
+    return source
+
+
+def content_of(generation: Generation, name: str) -> Extents:
+    """What of a region a generation has."""
+    region = generation.regions.get(name)
+    if region is None:
+        return ranges.EMPTY
+    if generation.full:
+        return ranges.normalise([(0, region.root.length)])
+    return ranges.normalise([(start, end) for start, end in generation.metadata.get("kept", {}).get(name, [])])
