@@ -105,7 +105,7 @@ class DiskInstant:
 
     def release(self) -> None:
         with suppress(VirtualMachineError):  # a next capture, or supervisor, will
-            self._wait(disks.release(self._machine.monitor, self._machine.qemu.folder, self._names))
+            self._wait(disks.release(self._machine.monitor, self._machine.qemu.folder))
 
     @property
     def _tokens(self) -> Mapping[str, str | None]:

@@ -307,7 +307,7 @@ class Launcher:
         monitor = await Monitor.connect(qemu)
         try:
             await migration.clean_up(monitor)
-            await disks.release(monitor, self.folder, disks.captured(self.description))
+            await disks.release(monitor, self.folder)
             await elsewhere(lambda: self.disks.taken_over(repository))
             await hold.hold_on_reset(monitor)
             addresses = await monitor.address_map(int(self.description.memory))

@@ -60,7 +60,7 @@ def sync(vm: Description) -> None:
 
 async def prepare(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str]) -> None:
     """Make the files for `freeze`, before the guest is stopped. Raises VirtualMachineError, StorageError."""
-    await release(monitor, folder, disks)
+    await release(monitor, folder)
     nodes = {each["node-name"]: each for each in await monitor.execute("query-named-block-nodes", flat=True)}
     for number, disk in enumerate(disks):
         size = int(nodes[node_of(disk)]["image"]["virtual-size"])
@@ -106,8 +106,11 @@ async def export(
         await monitor.execute("block-export-add", **arguments, name=disk, writable=False)
 
 
-async def release(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str]) -> bool:
-    """Take back everything of ours; whether there was anything in QEMU. Raises VirtualMachineError."""
+async def release(monitor: Monitor, folder: RuntimeFolder) -> bool:
+    """Take back everything of ours, of whichever disks; whether there was anything in QEMU.
+
+    Raises VirtualMachineError.
+    """
     nodes = await _nodes(monitor)
     if nodes:
         for each in await monitor.execute("query-block-exports"):
@@ -116,12 +119,11 @@ async def release(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str])
         await _gone(monitor)
         with contextlib.suppress(VirtualMachineError):  # it was not started, or is somebody else's
             await monitor.execute("nbd-server-stop")
-        for number, disk in enumerate(disks):
-            if f"{_FILTER}{number}" in nodes:
-                await _delete(monitor, f"{_THEN}{number}", nodes)
-                await _use(monitor, disk, node_of(disk))
-                await _delete(monitor, f"{_FILTER}{number}", nodes)
-            await _delete(monitor, f"{_OLD}{number}", nodes)
+        await _delete(monitor, _THEN, nodes)
+        for disk in await _filtered(monitor):
+            await _use(monitor, disk, node_of(disk))
+        await _delete(monitor, _FILTER, nodes)
+        await _delete(monitor, _OLD, nodes)
     with contextlib.suppress(OSError):
         folder.disks.unlink(missing_ok=True)
         for path in folder.path.glob(f"{_OLD}*"):
@@ -141,10 +143,23 @@ async def _use(monitor: Monitor, disk: str, node: str) -> None:
     await monitor.execute("qom-set", path=f"/machine/peripheral/{device_of(disk)}", property="drive", value=node)
 
 
-async def _delete(monitor: Monitor, node: str, there: Sequence[str]) -> None:
-    if node in there:
-        arguments: dict[str, Any] = {"node-name": node}
-        await monitor.execute("blockdev-del", **arguments)
+async def _delete(monitor: Monitor, prefix: str, there: Sequence[str]) -> None:
+    for node in there:
+        if node.startswith(prefix):
+            arguments: dict[str, Any] = {"node-name": node}
+            await monitor.execute("blockdev-del", **arguments)
+
+
+async def _filtered(monitor: Monitor) -> list[str]:
+    """Disks whose devices have a filter of ours between them and their disk, by what QEMU says: the description may be
+    another one by now."""
+    found = []
+    for each in await monitor.execute("query-block"):
+        device = str(each.get("qdev", "")).removesuffix("/virtio-backend").rpartition("/")[2]
+        inserted = each.get("inserted") or {}
+        if str(inserted.get("node-name", "")).startswith(_FILTER) and device.startswith(device_of("")):
+            found.append(device.removeprefix(device_of("")))
+    return found
 
 
 async def _nodes(monitor: Monitor) -> list[str]:

@@ -129,7 +129,7 @@ class Run:
 
 class Supervised:
     """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml, `policy` more
-    of its policy, `extra` more arguments of QEMU."""
+    of its policy, `extra` more arguments of QEMU; `repository` is elsewhere than beside it, if given."""
 
     def __init__(
         self,
@@ -139,10 +139,11 @@ class Supervised:
         settings: str = "",
         policy: str = "",
         extra: tuple[str, ...] = (),
+        repository: Path | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="p-", dir="/dev/shm"))
         self.state = self.folder / "state"
-        self.repository = self.folder / "repository"
+        self.repository = repository or self.folder / "repository"
         self.judge = Judge(self.folder)
         self.guest = GuestShell(self.folder / "test.sock")
         self.runs: list[Run] = []

@@ -119,8 +119,8 @@ async def run_out_of_room(place: Place, described: Any, little_room: Path) -> No
                 assert await monitor.query_status() == "running"
             with pytest.raises(VirtualMachineError, match=r"disk one: .*is there room"):
                 await asyncio.to_thread(read_all, folder.disks, place.root / "copy")
-            assert await disks.release(monitor, folder, names)
-            assert not await disks.release(monitor, folder, names)
+            assert await disks.release(monitor, folder)
+            assert not await disks.release(monitor, folder)
             nodes = await monitor.execute("query-named-block-nodes", flat=True)
             assert sorted(each["node-name"] for each in nodes) == ["disk-one", "file-one"]
             began = await asyncio.to_thread(guest.run, "steps[0]")
