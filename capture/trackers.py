@@ -84,6 +84,10 @@ class Tracker(Protocol):
     def forget(self) -> None:
         """Memory changes in a way that is not seen, as by holes that we punch: there is no baseline any more."""
 
+    def follow_writes_only(self) -> None:
+        """Missing pages are governed no more, writes still are; nothing that was written so far is forgotten. The VM is
+        stopped."""
+
     def detach(self) -> None:
         """Stop following, and leave nothing armed in QEMU."""
 
@@ -115,6 +119,9 @@ class ScanTracker:
         """Nothing to do."""
 
     def forget(self) -> None:
+        """Nothing to do."""
+
+    def follow_writes_only(self) -> None:
         """Nothing to do."""
 
     def detach(self) -> None:
@@ -197,6 +204,19 @@ class WriteProtectTracker:
     def forget(self) -> None:
         """The next collection gives everything as unknown."""
         self._since = None
+
+    def follow_writes_only(self) -> None:
+        """Registering again cannot drop a mode, and a mapping that is registered anew looks written all over, once.
+
+        Raises VirtualMachineError.
+        """
+        self.collect(running=False)
+        before, self._since = self._since, None
+        for mapping in self._covered:
+            self._descriptor.unregister(mapping.start, mapping.size)
+            self._protect(mapping)
+            self._read_and_rearm(mapping)
+        self._since = before
 
     def detach(self) -> None:
         """Unregister every mapping. Raises VirtualMachineError."""

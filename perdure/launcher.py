@@ -30,12 +30,15 @@ from capture.journal import Journal
 from capture.sources import CapturedRegion
 from capture.trackers import ScanTracker
 from capture.tracking import start_tracking
-from perdure import heads, resuming
+from perdure import heads, lazily, resuming
 from perdure.disk_state import TOKEN
 from perdure.disks import Disks
 from perdure.machine import Machine
 from perdure.measurements import compare, measure
-from restore.eager import Restored, read_devices, restore_regions
+from restore.claims import FACTS
+from restore.eager import Restored, read_devices, require_same_regions, restore_regions
+from restore.lazy import LazyRestore, Standby
+from restore.lazy_fill import fill
 from restore.scrub import verify_scrubbed
 from store.records import Generation
 from store.repository import Repository
@@ -87,6 +90,7 @@ class Prepared:
     restored: Restored | None
     warnings: tuple[str, ...]
     devices: bytes | None = None
+    lazy: LazyRestore | None = None
 
     @property
     def summary(self) -> str:
@@ -95,6 +99,8 @@ class Prepared:
         if done is None:
             return "persistent memory is empty"
         how = "restored" if self.devices is None else "resumed"
+        if self.lazy is not None:
+            return f"{done.generation.name} {how}, its memory comes as it is touched, and in the background"
         return (
             f"{done.generation.name} {how}, {format_size(done.written_bytes)} in {done.restore_seconds:.2f} s, "
             f"{format_size(done.verified_bytes)} verified in {done.verify_seconds:.2f} s"
@@ -102,6 +108,8 @@ class Prepared:
 
     def discard(self) -> None:
         """Give the memory back."""
+        if self.lazy is not None:
+            self.lazy.abandon()
         self.memory.release()
 
 
@@ -112,8 +120,16 @@ class Launcher:
         self.description, self.folder = description, folder
         self._state = state
         self._disk = Disk()
+        self.standby: Standby | None = None
+        """A page server for the next lazy restore; without one, that has to start it first."""
         self.measurements = measure(description)
         self.disks = Disks(description, folder, state)
+
+    def close(self) -> None:
+        """Let go of what was made ready and not used."""
+        if self.standby is not None:
+            self.standby.close()
+            self.standby = None
 
     def find(self) -> Qemu | None:
         """The QEMU of an earlier supervisor, if it still runs."""
@@ -127,6 +143,7 @@ class Launcher:
             if not folder.exists():
                 continue
             if (folder / _TABLE).exists():
+                fill(repository, folder, [region.name for region in self.description.regions], progress)
                 done = self._capture_left(repository, folder, progress)
             self._release(folder)
         return done
@@ -145,12 +162,14 @@ class Launcher:
         replaces: Memory | None = None,
         *,
         boot: bool = False,
+        lazy: bool = False,
     ) -> Prepared:
         """Blocking: new backing files with the content of a generation, verified; empty ones for None. The memory
         that they replace, if any, is released before they are launched.
 
         A full generation is resumed, unless it is to `boot`: then it gives its persistent memory only. QEMU is found
-        first: without one, nothing has to be restored. Raises ConflictError, IntegrityError, StorageError,
+        first: without one, nothing has to be restored. `lazy`: of a full one the memory is not restored but served when
+        it is touched. Raises ConflictError, IntegrityError, StorageError,
         VirtualMachineError: nothing is left then.
         """
         resumed = generation if generation is not None and generation.full and not boot else None
@@ -164,16 +183,22 @@ class Launcher:
             beside=0 if generation is None else _memory_bytes(generation),
         )
         try:
-            restored = devices = None
+            restored = devices = begun = None
             if generation is not None:
                 paths = {name: file.path for name, file in memory.files.items() if name != RAM or resumed is not None}
-                restored = restore_regions(repository, generation, paths, progress)
+                if lazy and resumed is not None:
+                    restored, begun = self._begin_lazily(repository, resumed, memory, paths)
+                else:
+                    restored = restore_regions(repository, generation, paths, progress)
                 if resumed is not None:
                     devices = read_devices(repository, resumed)
                 elif generation.full:
                     heads.scrub_to_kept(memory, generation)
-            return Prepared(memory, platform, reason, generation, restored, (*memory.warnings, *problems), devices)
+            warnings = (*memory.warnings, *problems)
+            return Prepared(memory, platform, reason, generation, restored, warnings, devices, begun)
         except BaseException:
+            if begun is not None:
+                begun.abandon()
             with suppress(PerdureError):
                 memory.release()
             raise
@@ -267,6 +292,8 @@ class Launcher:
             table = RegionTable.from_tags(
                 prepared.memory.folder / _TABLE, self.description.name, self._devices(addresses), tags
             )
+            if prepared.lazy is not None:
+                await asyncio.to_thread(prepared.lazy.serve, qemu.record.identity)
             machine = await self._attach(qemu, monitor, addresses, table, prepared, elsewhere)
             if prepared.devices is None:
                 await elsewhere(lambda: _verify_empty(prepared.memory, table))
@@ -278,18 +305,23 @@ class Launcher:
             with suppress(StorageError):  # the next launch tries again
                 await elsewhere(self.disks.remove_left)
             return machine
-        except BaseException:
+        except BaseException as error:
             if monitor is not None:
                 await monitor.disconnect()
             qemu.kill()
             qemu.close()
-            await elsewhere(prepared.discard)
+            try:
+                lazily.explain(error, prepared.lazy)
+            finally:
+                await elsewhere(prepared.discard)
             raise
 
     async def began(self, qemu: Qemu) -> bool:
         """Whether the guest of a QEMU that was found has run. Raises VirtualMachineError."""
         if hold.began(qemu.events()):
             return True
+        if any((self.folder.path / name / FACTS).exists() for name in _MEMORY_FOLDERS):
+            return False  # a lazy restore, which only begins with a launch; its QEMU may wait for a page, silently
         async with await Monitor.connect(qemu) as monitor:
             # Paused, and without an event that tells of it: its state was loaded, and it has not gone on.
             return await monitor.query_status() not in ("prelaunch", "inmigrate", "paused")
@@ -304,8 +336,12 @@ class Launcher:
         """Take over a QEMU that an earlier supervisor started. Raises VirtualMachineError; QEMU is left as it is."""
         facts = _decode(qemu)
         memory = Memory.existing(self.description.name, self.folder.path / facts.memory, self.description.backing_sizes)
-        monitor = await Monitor.connect(qemu)
+        lazy = LazyRestore.find(repository, memory.folder, self.folder.path, self._working_sets)
+        monitor: Monitor | None = None
         try:
+            if lazy is not None:  # first: QEMU may wait for a page, and its monitor with it
+                await lazily.take_over(lazy, qemu)
+            monitor = await Monitor.connect(qemu)
             await migration.clean_up(monitor)
             await disks.release(monitor, self.folder)
             await elsewhere(lambda: self.disks.taken_over(repository))
@@ -319,10 +355,14 @@ class Launcher:
             bases = await elsewhere(lambda: self._bases(repository, journal))
             parent = await elsewhere(lambda: self._parent(repository))
             parent = max((*bases.values(), *([parent] if parent else ())), key=lambda each: each.number, default=None)
-            found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings)
+            found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings, lazy=lazy)
             return await self._attach(qemu, monitor, addresses, table, found, elsewhere, journal, bases)
-        except BaseException:
-            await monitor.disconnect()
+        except BaseException as error:
+            if monitor is not None:
+                await monitor.disconnect()
+            lazily.explain(error, lazy)
+            if lazy is not None:
+                lazy.close()
             raise
 
     async def before_boot(self, machine: Machine) -> None:
@@ -416,7 +456,24 @@ class Launcher:
             accelerator_reason=prepared.accelerator_reason,
             measurements=self.measurements,
             note_parent=self.note_parent,
+            lazy=prepared.lazy,
         )
+
+    @property
+    def _working_sets(self) -> Path:
+        return self._state / "working-sets"
+
+    def _begin_lazily(
+        self, repository: Repository, generation: Generation, memory: Memory, paths: dict[str, Path]
+    ) -> tuple[Restored, LazyRestore]:
+        """A page server gets ready while QEMU starts."""
+        require_same_regions(generation, paths)
+        files = {name: path for name, path in paths.items() if name in generation.regions}
+        standby, self.standby = self.standby, None
+        lazy = LazyRestore.begin(
+            repository, generation, memory.folder, files, self.folder.path, self._working_sets, standby
+        )
+        return Restored(generation, 0, 0, 0.0, 0.0), lazy
 
     def _devices(self, addresses: AddressMap) -> list[Device]:
         """The NVDIMMs where QEMU has put them."""

@@ -21,6 +21,7 @@ from capture.pause import PauseModel
 from capture.sources import CapturedRegion
 from capture.tracking import Tracking
 from perdure.resuming import recorded
+from restore.lazy import LazyRestore
 from restore.scrub import scrub
 from store.records import Generation
 from store.repository import Repository
@@ -68,6 +69,8 @@ class Machine:
     disk_bases: dict[str, Generation] = field(default_factory=dict)
     """By disk, the newest generation that has it."""
     pauses: PauseModel = field(default_factory=PauseModel)
+    lazy: LazyRestore | None = None
+    """While not all of its memory is there yet."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -230,6 +233,7 @@ class Machine:
             "tracker": f"{choice.kind} ({choice.reason})",
             "full": "possible" if not self.full_problems else f"not possible: {'; '.join(self.full_problems)}",
             "warnings": list(self.warnings),
+            "lazy": None if self.lazy is None else self.lazy.status(),
             "regions": {
                 device.name: {
                     "address": device.address,
@@ -271,6 +275,9 @@ class Machine:
         if not await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
             await asyncio.to_thread(self.qemu.kill)
         self.qemu.close()
+        lazy, self.lazy = self.lazy, None
+        if lazy is not None:
+            lazy.abandon()
         await asyncio.to_thread(self.memory.release)
 
     async def disconnect(self) -> None:
@@ -278,6 +285,9 @@ class Machine:
         await self._stop_tasks()
         await self.monitor.disconnect()
         self.tracking.close()
+        lazy, self.lazy = self.lazy, None
+        if lazy is not None:
+            lazy.close()
         self.qemu.close()
 
     def last_words(self) -> str:

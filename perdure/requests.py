@@ -139,6 +139,7 @@ class Requests:
             memory_only=bool(arguments.get("memory_only")),
             disks=tuple(str(each) for each in arguments.get("disks", ())),
             force=bool(arguments.get("force")),
+            lazy=bool(arguments.get("lazy")),
         )
         if arguments.get("dry_run"):
             return await self._supervisor.preview(wanted)

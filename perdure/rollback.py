@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """What is wanted. `memory_only`: the disks stay as they are; `disks`: only these go back, and the rest stays."""
+    """What is wanted. `memory_only`: the disks stay as they are; `disks`: only these go back, and the rest stays.
+    `lazy`: where it is resumed, memory comes as it is touched."""
 
     point: str
     discard: bool = False
@@ -37,6 +38,7 @@ class Rollback:
     memory_only: bool = False
     disks: tuple[str, ...] = ()
     force: bool = False
+    lazy: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -98,7 +100,7 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         source = generation if captured is None else captured.generation
         prepared = made = await supervisor.in_store(
             lambda: supervisor.launcher.prepare(
-                supervisor.repository, source, progress, machine.memory, boot=wanted.boot
+                supervisor.repository, source, progress, machine.memory, boot=wanted.boot, lazy=wanted.lazy
             )
         )
         if captured is None and not wanted.discard:

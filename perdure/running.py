@@ -21,6 +21,7 @@ from perdure.opening import opened
 from perdure.output import Output
 from perdure.speaker import Speaker
 from perdure.supervisor import Ended, Supervisor
+from restore.lazy import Standby
 from store.records import Generation
 from store.repository import Repository
 from vm.config import Description, load
@@ -52,7 +53,10 @@ def _run(options: Namespace, output: Output, launcher: Launcher, path: Path) -> 
     All processes are forked before there is a speaker, and its last words wait for a reader when nothing else does.
     """
     stream = sys.stderr if output.json else sys.stdout
+    if options.lazy:  # before there are threads, and an open LMDB
+        launcher.standby = Standby.fork()
     with ExitStack() as last, opened(path, workers=True, progress=output.progress()) as repository:
+        last.callback(launcher.close)
         speaker = last.enter_context(Speaker(stream.fileno(), output.progress()))
         say = _nothing if output.quiet else speaker.say
 
@@ -69,7 +73,7 @@ def _run(options: Namespace, output: Output, launcher: Launcher, path: Path) -> 
 
         async def supervise() -> Ended:
             supervisor = Supervisor(launcher, repository, say, speaker.progress)
-            return await supervisor.run(begin, boot=boot)
+            return await supervisor.run(begin, boot=boot, lazy=options.lazy)
 
         return asyncio.run(supervise())
 

@@ -25,7 +25,7 @@ from base.units import format_size
 from capture.disks import reads_of
 from capture.generation import Captured, capture
 from capture.pause import Limits
-from perdure import background, documents, resuming
+from perdure import background, documents, lazily, resuming
 from perdure.control import serve
 from perdure.disk_texts import reads_text
 from perdure.execution import DiskInstant, Execution, settle_bitmaps
@@ -80,13 +80,14 @@ class Supervisor:
         self.state = "starting"
         self.began = time.time()
         self._progress = progress
-        self._operation = asyncio.Lock()
+        self.operation = asyncio.Lock()
         self._store = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._machine: Machine | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._tidying: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._lazy: asyncio.Task[None] | None = None
         self._requests = Requests(self)
         self.filling: Filling | None = None
         """Of the disks that went back, while there is a QEMU."""
@@ -102,9 +103,10 @@ class Supervisor:
             raise ConflictError(f"VM {self.vm} is {self.state}: try again in a moment")
         return self._machine
 
-    async def run(self, begin: Begin, *, boot: bool | None = None) -> Ended:
+    async def run(self, begin: Begin, *, boot: bool | None = None, lazy: bool = False) -> Ended:
         """Supervise until the VM ends or this process is told to leave it. `boot`: whether a launch from a full
-        generation is not to resume it; None: as its disks have gone on since, if it has some.
+        generation is not to resume it; None: as its disks have gone on since, if it has some. `lazy`: whether memory is
+        restored when it is touched.
 
         Raises LockedError if the VM has a supervisor; nothing of it is touched before that is known.
         """
@@ -113,8 +115,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._interrupted, number)
         try:
             async with await serve(self.launcher.folder.control, self._requests.commands(), self.say):
-                async with self._operation:
-                    await self._start(begin, boot)
+                async with self.operation:
+                    await self._start(begin, boot, lazy=lazy)
                 schedule = background.keep_schedule(self.vm, self.timetable, self._scheduled, self.say)
                 self._beside.append(asyncio.create_task(schedule))
                 return await self._ended
@@ -145,7 +147,7 @@ class Supervisor:
     ) -> Captured:
         """A generation of the running VM. Raises what capture raises, and ConflictError where a full one cannot be had;
         the guest runs on in any case."""
-        async with self._operation:
+        async with self.operation:
             if full and self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
             return await self._snapshot(cause, tags, metadata, progress, full=full)
@@ -156,7 +158,7 @@ class Supervisor:
 
     async def stop(self, *, keep: bool) -> Ended:
         """End the VM, captured first if `keep`; if that fails the guest runs on."""
-        async with self._operation:
+        async with self.operation:
             machine = self.machine
             number = None
             if keep:
@@ -173,25 +175,25 @@ class Supervisor:
 
     async def reboot(self) -> Captured | None:
         """Reboot the VM from the host: capture, scrub, reset, as when the guest does it."""
-        async with self._operation:
+        async with self.operation:
             machine = self.machine
             await machine.hold_for_reset()
             return await self._go_through_reboot(machine, "host reboot")
 
     async def roll_back(self, wanted: Rollback, progress: Progress) -> RolledBack:
         """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one; see perdure.rollback."""
-        async with self._operation:
+        async with self.operation:
             return await carry_out(self, wanted, progress)
 
     async def preview(self, wanted: Rollback) -> dict[str, Any]:
         """What that would change, as a document; nothing is changed."""
-        async with self._operation:
+        async with self.operation:
             machine, held = self.machine, self.state == "held"
             return await self.in_store(
                 lambda: preview(self.launcher, self.repository, self.own(wanted.point), wanted, machine, held=held)
             )
 
-    async def _start(self, begin: Begin, boot: bool | None) -> None:
+    async def _start(self, begin: Begin, boot: bool | None, *, lazy: bool) -> None:
         qemu = self.launcher.find()
         if qemu is not None and not await self.launcher.began(qemu):
             unborn, qemu = qemu, None
@@ -205,9 +207,9 @@ class Supervisor:
         if qemu is not None:
             await self._adopt(qemu)
         else:
-            await self._launch(generation, boot)
+            await self._launch(generation, boot, lazy=lazy)
 
-    async def _launch(self, generation: Generation | None, boot: bool | None) -> None:
+    async def _launch(self, generation: Generation | None, boot: bool | None, *, lazy: bool) -> None:
         if boot is None:
             with_disks = generation is not None and generation.full and bool(resuming.disks_of(generation))
             boot = generation is not None and with_disks and not self.launcher.disks.pristine(generation)
@@ -215,7 +217,7 @@ class Supervisor:
                 self.say(f"{generation.name} is full and has disks: the VM boots; --from {generation.name} goes back")
         try:
             prepared = await self.in_store(
-                lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving, boot=boot)
+                lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving, boot=boot, lazy=lazy)
             )
         except IntegrityError as error:
             problem = (
@@ -253,11 +255,14 @@ class Supervisor:
         self._watcher = asyncio.create_task(self._watch(machine))
         self._watcher.add_done_callback(self._watched)
         await self.in_store(lambda: machine.find_disk_bases(self.repository))
+        if machine.lazy is not None:
+            self._lazy = asyncio.create_task(lazily.see_to(self, machine, machine.lazy))
+            self._lazy.add_done_callback(self._watched)
 
     async def _watch(self, machine: Machine) -> None:
         """Act on what QEMU says until it is gone."""
         while (found := await machine.next_hold()) is not None:
-            async with self._operation:
+            async with self.operation:
                 if self._machine is not machine:
                     return
                 if await machine.held():  # and not rebooted by a command meanwhile
@@ -273,7 +278,7 @@ class Supervisor:
 
     async def _died(self, machine: Machine) -> None:
         """QEMU ended by itself: what it left in memory is captured."""
-        async with self._operation:
+        async with self.operation:
             self._machine = None
             self.say(f"{self.vm}: {machine.last_words()}")
             await self._end_filling()
@@ -286,7 +291,8 @@ class Supervisor:
     async def _held(self, machine: Machine, found: Hold) -> None:
         self.state = "held"
         if found.cause is Cause.REBOOT:
-            await self._go_through_reboot(machine, "reboot")
+            if await lazily.whole_or_said(machine, self.say):
+                await self._go_through_reboot(machine, "reboot")
             return
         number = None
         poweroff = found.cause is Cause.POWEROFF
@@ -301,6 +307,11 @@ class Supervisor:
             Ended("the guest shut down" if found.cause is Cause.POWEROFF else "the guest panicked", generation=number)
         )
 
+    async def again_if_held(self, machine: Machine) -> None:
+        """What a held guest waits for, after something that was missing for it is there."""
+        if self.state == "held" and (waiting := await machine.pending_hold()) is not None:
+            await self._held(machine, waiting)
+
     async def _go_through_reboot(self, machine: Machine, cause: str) -> Captured | None:
         """A held VM: capture, scrub, verify, the user's hook, reset. What is tagged stays where it is.
 
@@ -308,6 +319,7 @@ class Supervisor:
         """
         self.state = "held"
         done = await self._try_capture(machine, cause) if self.policy.capture_on_reboot else None
+        await lazily.whole(machine, self.say)
         scrubbed = await self.in_store(machine.scrub)
         await self.launcher.before_boot(machine)
         await machine.go_on_after_hold()
@@ -349,6 +361,7 @@ class Supervisor:
         *,
         full: bool = False,
     ) -> Captured:
+        await lazily.whole(machine, self.say)
         regions = await self.in_store(lambda: machine.captured_regions(full=full))
         disks = await DiskInstant.plan(machine, full=full)
         facts = {**machine.metadata(full=full), **(metadata or {})}
@@ -413,8 +426,9 @@ class Supervisor:
 
     async def quit_machine(self, machine: Machine) -> None:
         self._machine = None
-        if self._watcher is not None and self._watcher is not asyncio.current_task():
-            self._watcher.cancel()
+        for task in (self._watcher, self._lazy):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
         await self._end_filling()
         await machine.quit()
 
@@ -425,8 +439,9 @@ class Supervisor:
 
     async def _let_go(self) -> None:
         """Leave a running QEMU, and the servers of its disks, to the next supervisor."""
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for task in (self._watcher, self._lazy):
+            if task is not None:
+                task.cancel()
         await self._end_filling()
         if self._machine is None:
             self.launcher.disks.end_servers()
@@ -442,9 +457,9 @@ class Supervisor:
     async def _leave(self, number: signal.Signals) -> None:
         """Ctrl-C and SIGTERM: capture if the policy says so, and leave the guest running. What is under way is not
         left half done (the guest may be stopped for it), but for a start, which gives up; see `_unless_leaving`."""
-        if self._operation.locked():
+        if self.operation.locked():
             self.say(f"{self.vm}: leaving it when what is under way is done")
-        async with self._operation:
+        async with self.operation:
             wanted = number is signal.SIGTERM and self.policy.capture_on_terminate
             if wanted and self._machine is not None:
                 try:

@@ -73,7 +73,7 @@ def rollback(options: Namespace) -> None:
     vm, at, _ = options.point.rpartition("@")
     if not at:
         raise UsageError(f"{options.point!r}: write VM@N, so that it is clear which VM is rolled back")
-    names = ("point", "discard", "boot", "memory_only", "force", "dry_run")
+    names = ("point", "discard", "boot", "lazy", "memory_only", "force", "dry_run")
     arguments = {**{name: getattr(options, name) for name in names}, "disks": options.disk}
     done = _call(vm, "rollback", arguments, output)
     output.result(done, lambda: preview_text(done) if options.dry_run else [_rollback_text(done)])
@@ -171,8 +171,24 @@ def _status_text(found: dict[str, Any]) -> Iterator[str]:
 
         yield f"disk         {disk['disk']}: {disk['path']}, {state_text(disk)}"
         yield from followed_text(disk)
+    if found.get("lazy"):
+        yield from _lazy_text(found["lazy"])
     for warning in found.get("warnings", []):
         yield f"warning      {warning}"
+
+
+def _lazy_text(lazy: dict[str, Any]) -> Iterator[str]:
+    known = "" if lazy["planned_all"] else " so far"
+    yield (
+        f"restoring    {lazy['percent']} % resident, {format_size(lazy['resident_bytes'])} of "
+        f"{format_size(lazy['planned_bytes'])}{known}, {format_size(lazy['prefetched_bytes'])} fetched ahead"
+    )
+    yield (
+        f"faults       {lazy['faults']}, half within {lazy['fault_us_p50']} us, 99 % within {lazy['fault_us_p99']} us, "
+        f"the slowest {lazy['fault_us_max']} us"
+    )
+    if lazy["problem"]:
+        yield f"waiting      {lazy['problem']}"
 
 
 def _regions_text(found: list[dict[str, Any]]) -> list[str]:

@@ -53,7 +53,7 @@ def restore_regions(
     Of a full generation it is the caller's choice whether main memory is among them. Raises ConflictError (the VM's
     regions are not those of the generation), IntegrityError, StorageError.
     """
-    _require_same_regions(generation, files)
+    require_same_regions(generation, files)
     written = verified = 0
     began = time.monotonic()
     with GenerationReader(repository, generation) as reader:
@@ -73,8 +73,11 @@ def restore_regions(
     return Restored(generation, written, verified, middle - began, time.monotonic() - middle)
 
 
-def _require_same_regions(generation: Generation, files: Mapping[str, Path]) -> None:
-    """A region that the VM has and the generation lacks is new and starts empty; the other way memory would be lost."""
+def require_same_regions(generation: Generation, files: Mapping[str, Path]) -> None:
+    """A region that the VM has and the generation lacks is new and starts empty; the other way memory would be lost.
+
+    Raises ConflictError.
+    """
     regions = {
         name: region for name, region in generation.regions.items() if name in files or region.kind not in NOT_KEPT
     }

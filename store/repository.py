@@ -78,7 +78,7 @@ class Repository(Ledger):
             raise IntegrityError(str(path / "config"), "belongs to another repository than the keys beside it")
         self.since = time.monotonic()
         """When it was unlocked, by the monotonic clock."""
-        self.pool = pool
+        self.pool, self.state = pool, state
         self.leases = path / "leases"
         self.settings = PackingSettings()
         self._swept = False

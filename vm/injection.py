@@ -96,6 +96,20 @@ def inject(pid: int) -> int:
     return int(helper.stdout)
 
 
+def inject_here(pid: int) -> int:
+    """The same without a helper: for a process that has one thread and is not QEMU's parent. The descriptor is one that
+    is told of every fault, also of those that the kernel takes on QEMU's behalf.
+
+    Raises VirtualMachineError.
+    """
+    try:
+        with _signals_blocked():
+            return _new_userfaultfd(pid, all_faults=True)
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise VirtualMachineError(f"QEMU (pid {pid}): cannot make a userfaultfd in it: {why}") from error
+
+
 def duplicate(pid: int, remote: int) -> int:
     """A copy of a process's open descriptor, close-on-exec. Raises OSError."""
     process = os.pidfd_open(pid)
@@ -256,7 +270,7 @@ def _system_call(pid: int, number: int, *arguments: int) -> int:
     raise TimeoutError(f"its main thread was in no system call at any of {attempt + 1} looks")
 
 
-def _new_userfaultfd(pid: int) -> int:
+def _new_userfaultfd(pid: int, *, all_faults: bool = False) -> int:
     """The number of a new userfaultfd in QEMU, by the first way that its privileges allow.
 
     userfaultfd(2) for all faults needs CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1. Without either, an inherited
@@ -268,7 +282,7 @@ def _new_userfaultfd(pid: int) -> int:
     if result == -errno.EPERM:
         for device in held_descriptors(pid, "/dev/userfaultfd"):
             result = _system_call(pid, _SYS_IOCTL, device, _USERFAULTFD_IOC_NEW, flags)
-    if result == -errno.EPERM:
+    if result == -errno.EPERM and not all_faults:
         result = _system_call(pid, _SYS_USERFAULTFD, flags | _USER_MODE_ONLY)
     if result < 0:
         raise OSError(-result, f"userfaultfd: {os.strerror(-result)}")

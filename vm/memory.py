@@ -72,7 +72,9 @@ class Memory:
         """
         if cls.exists(folder):
             raise ConflictError(f"VM {vm}: the memory of an earlier run is still in {folder}")
-        size = sum(sizes.values()) + _MARGIN
+        size = (
+            sum(sizes.values()) + sum(sizes.values()) // PAGE + _MARGIN
+        )  # a byte a page: the claims of a lazy restore
         needed = size if replaces is None else max(size - replaces.resident_bytes(), beside + _MARGIN)
         _check_available(vm, needed)
         made = not folder.exists()

@@ -6,7 +6,10 @@ Source: userfaultfd(2), ioctl_userfaultfd(2), <linux/userfaultfd.h>.
     UFFDIO_API           struct uffdio_api           u64 api=0xAA, features, ioctls       24 bytes
     UFFDIO_REGISTER      struct uffdio_register      u64 start, length, mode, ioctls      32 bytes
     UFFDIO_UNREGISTER    struct uffdio_range         u64 start, length                    16 bytes
+    UFFDIO_WAKE          struct uffdio_range         u64 start, length                    16 bytes
+    UFFDIO_COPY          struct uffdio_copy          u64 to, from, length, mode, s64 copied    40 bytes
     UFFDIO_WRITEPROTECT  struct uffdio_writeprotect  u64 start, length, mode              24 bytes
+    read(2)              struct uffd_msg             u8 event, ...; u64 flags, address    32 bytes
 
 Invariants: one descriptor does for all of a QEMU, and its handshake is made once in its life, with all features that
 tracking and lazy restore need: a second handshake is EINVAL. What an earlier supervisor asked for is read from
@@ -22,9 +25,11 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 from types import TracebackType
 
 from base.errors import VirtualMachineError
+from base.units import PAGE
 from vm import injection
 
 WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC, MISSING_SHMEM = 1 << 12, 1 << 13, 1 << 15, 1 << 5
@@ -32,6 +37,10 @@ FEATURES = WP_ASYNC | WP_UNPOPULATED | WP_HUGETLBFS_SHMEM | MISSING_SHMEM
 
 _MODE_MISSING, _MODE_WP = 1, 2
 _WRITEPROTECT_MODE_WP = 1
+_COPY_MODE_WP = 2
+_EVENT_PAGEFAULT = 0x12
+_MESSAGE, _MESSAGES = struct.Struct("<B7x2Q8x"), 64
+_COPY = struct.Struct("4Qq")
 _API = 0xAA
 _INITIALISED = 1 << 31  # the kernel's own mark among the features that fdinfo shows: the handshake is done
 _LINK = "anon_inode:[userfaultfd]"
@@ -45,6 +54,8 @@ _READ, _READ_WRITE = 2, 3
 _UFFDIO_API = _ioc(_READ_WRITE, 0x3F, 24)
 _UFFDIO_REGISTER = _ioc(_READ_WRITE, 0x00, 32)
 _UFFDIO_UNREGISTER = _ioc(_READ, 0x01, 16)
+_UFFDIO_WAKE = _ioc(_READ, 0x02, 16)
+_UFFDIO_COPY = _ioc(_READ_WRITE, 0x03, 40)
 _UFFDIO_WRITEPROTECT = _ioc(_READ_WRITE, 0x06, 24)
 
 
@@ -54,10 +65,11 @@ class Userfaultfd:
     def __init__(self, pid: int, descriptor: int) -> None:
         """Takes over `descriptor`, whose handshake has been made."""
         self.pid, self.descriptor = pid, descriptor
+        self._argument = bytearray(_COPY.size)
 
     @classmethod
-    def of(cls, pid: int) -> Userfaultfd:
-        """The one that QEMU has from an earlier supervisor, or else a new one.
+    def of(cls, pid: int, make: Callable[[int], int] = injection.inject) -> Userfaultfd:
+        """The one that QEMU has from an earlier supervisor, or else a new one, which `make` makes in it.
 
         Raises VirtualMachineError if neither can be had: the message says why, and QEMU goes on as before.
         """
@@ -66,7 +78,7 @@ class Userfaultfd:
                 # An uninitialised one, or one with other features, is QEMU's own (background snapshot, postcopy).
                 if _asked_features(pid, remote) & (FEATURES | _INITIALISED) == FEATURES | _INITIALISED:
                     return cls(pid, injection.duplicate(pid, remote))
-            descriptor = injection.duplicate(pid, injection.inject(pid))
+            descriptor = injection.duplicate(pid, make(pid))
         except OSError as error:
             raise VirtualMachineError(f"QEMU (pid {pid}): cannot take its userfaultfd: {error.strerror}") from error
         try:
@@ -94,6 +106,42 @@ class Userfaultfd:
         Takes 2 MiB of page tables per GiB that had none.
         """
         self._ioctl("UFFDIO_WRITEPROTECT", _UFFDIO_WRITEPROTECT, struct.pack("3Q", start, size, _WRITEPROTECT_MODE_WP))
+
+    def faults(self) -> list[int]:
+        """Addresses of pages at whose first touch a thread of QEMU, or the kernel for it, waits; at most some dozens.
+
+        Each is told once in the descriptor's life, to whoever reads it. Raises VirtualMachineError.
+        """
+        try:
+            messages = os.read(self.descriptor, _MESSAGE.size * _MESSAGES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise VirtualMachineError(f"QEMU (pid {self.pid}): reading its userfaultfd: {error.strerror}") from error
+        return [address & -PAGE for event, _, address in _MESSAGE.iter_unpack(messages) if event == _EVENT_PAGEFAULT]
+
+    def place(self, start: int, source: int, size: int) -> int:
+        """Put `size` bytes at our address `source` into missing pages from QEMU's address `start` on, write-protected,
+        so that they do not count as written, and wake who waits for them; gives the bytes that were put, up to the
+        first page that was there already.
+
+        Raises ProcessLookupError if QEMU has ended, other OSErrors as the kernel gives them.
+        """
+        done, argument = 0, self._argument
+        while done < size:
+            _COPY.pack_into(argument, 0, start + done, source + done, size - done, _COPY_MODE_WP, 0)
+            try:
+                fcntl.ioctl(self.descriptor, _UFFDIO_COPY, argument)
+                return size
+            except FileExistsError:
+                return done
+            except BlockingIOError:  # a part of it, or QEMU's memory map is being changed
+                done += max(0, _COPY.unpack(argument)[4])
+        return done
+
+    def wake(self, start: int, size: int) -> None:
+        """Let whoever waits for pages of a range touch them again. Raises VirtualMachineError."""
+        self._ioctl("UFFDIO_WAKE", _UFFDIO_WAKE, struct.pack("2Q", start, size))
 
     def close(self) -> None:
         """Close our copy; QEMU's stays, with all that is registered."""

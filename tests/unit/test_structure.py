@@ -70,7 +70,7 @@ def test_asyncio_stays_in_its_places():
         *("vm/monitor.py", "vm/hold.py", "vm/migration.py", "vm/disks.py", "vm/channel.py"),
         *("perdure/supervisor.py", "perdure/control.py", "perdure/launcher.py", "perdure/machine.py"),
         *("perdure/running.py", "perdure/execution.py", "perdure/filling.py", "perdure/rollback.py"),
-        "perdure/background.py",
+        *("perdure/background.py", "perdure/lazily.py"),
     }
     for folder in MAY_IMPORT:
         for path in (ROOT / folder).rglob("*.py"):

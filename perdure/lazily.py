@@ -1,0 +1,187 @@
+"""A lazy restore beside a running VM: its page server is watched and replaced, until it is not needed any more.
+
+Coroutines of the supervisor's loop. What they wait for never waits for the guest: the guest may be waiting for a page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from base.errors import ConflictError, IntegrityError, PerdureError, StorageError, VirtualMachineError, one_line
+from base.units import format_size
+from restore import claims
+from restore.lazy import LazyRestore
+from vm.mappings import shared_mappings
+from vm.qemu import Qemu
+from vm.userfaultfd import Userfaultfd
+
+if TYPE_CHECKING:
+    from perdure.machine import Machine
+    from perdure.supervisor import Supervisor
+
+_LOOK_S = 0.1
+_AGAIN_S = 1.0
+"""Between attempts to start a page server, if one fails."""
+
+
+async def take_over(lazy: LazyRestore, qemu: Qemu) -> None:
+    """Have a page server before anything is asked of QEMU. Raises VirtualMachineError, and what the server found."""
+    if lazy.pidfd < 0 and lazy.phase != claims.BROKEN:
+        await asyncio.to_thread(lazy.serve, qemu.record.identity)
+
+
+def explain(error: BaseException, lazy: LazyRestore | None) -> None:
+    """Raises IntegrityError in place of QEMU's silence, if that came from waiting for memory that cannot be read."""
+    if isinstance(error, VirtualMachineError) and lazy is not None and lazy.held:
+        raise IntegrityError(f"memory of VM {lazy.vm}", f"is waited for: {lazy.held}") from error
+
+
+async def see_to(supervisor: Supervisor, machine: Machine, lazy: LazyRestore) -> None:
+    """Beside a VM whose memory is not all there yet; ends with that, or with the VM."""
+    vm = supervisor.vm
+    while machine.lazy is lazy and await watch(machine, lazy, supervisor.say):
+        async with supervisor.operation:
+            if machine.lazy is not lazy:  # a capture needed all of it
+                return
+            placed = lazy.status()["resident_bytes"]
+            try:
+                await retire(machine)
+            except VirtualMachineError:  # QEMU has ended, which is noticed elsewhere, or does not answer just now
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            supervisor.say(f"{vm}: all of its memory is there, {format_size(placed)}")
+            await supervisor.again_if_held(machine)
+
+
+async def watch(machine: Machine, lazy: LazyRestore, say: Callable[[str], None]) -> bool:
+    """Until all of the VM's memory is there: a server that ends is replaced, and what holds the guest is said.
+
+    Gives False if memory turned out to be wrong: nothing goes on then.
+    """
+    vm, told = machine.description.name, ""
+    while lazy.phase not in (claims.DONE, claims.BROKEN):
+        if await _ended(lazy):
+            if lazy.phase in (claims.DONE, claims.BROKEN):  # and with DONE nobody needs one any more
+                break
+            await _replace(machine, lazy, say)
+            continue
+        held = lazy.held
+        if held != told:
+            say(f"{vm} waits for memory: {held}" if held else f"{vm}: all of its memory can be read again")
+            told = held
+    if lazy.phase == claims.BROKEN:
+        say(f"{vm} IS HELD FOR GOOD: {lazy.held}")
+        return False
+    return True
+
+
+async def whole(machine: Machine, say: Callable[[str], None]) -> None:
+    """Wait until all of the VM's memory is there, as fast as that can be, and let the restore come to its end.
+
+    Raises StorageError, which says what cannot be read; the restore then goes on as before.
+    """
+    lazy = machine.lazy
+    if lazy is None:
+        return
+    lazy.hurry()
+    if lazy.phase != claims.DONE:
+        left = lazy.status()
+        size = format_size(left["planned_bytes"] - left["resident_bytes"])
+        say(f"{machine.description.name}: its memory is fetched first, {size} or more are left")
+    try:
+        while lazy.phase != claims.DONE:
+            if lazy.held:
+                raise StorageError(f"memory of VM {machine.description.name}", f"is not all there: {lazy.held}")
+            await asyncio.sleep(_LOOK_S / 5)
+    except BaseException:
+        if machine.lazy is lazy:
+            lazy.hurry(on=False)
+        raise
+    await retire(machine)
+
+
+async def whole_or_said(machine: Machine, say: Callable[[str], None]) -> bool:
+    """The same for a held guest: whether it can go on. If not, it does when all of its memory is there."""
+    try:
+        await whole(machine, say)
+    except StorageError as error:
+        say(f"{machine.description.name} stays held: {one_line(error)}")
+        return False
+    return True
+
+
+async def retire(machine: Machine) -> None:
+    """All is placed: first touches are governed no more, writes still are, and the page server ends.
+
+    Within one stop, in which everything that was written so far is collected: registering anew makes it look written.
+    Raises VirtualMachineError, StorageError: the restore has not come to its end then, and that can be tried again.
+    """
+    lazy = machine.lazy
+    if lazy is None:
+        return
+    runs = await machine.monitor.query_status() == "running"
+    if runs:
+        await machine.stop()
+    try:
+        await asyncio.to_thread(_let_go, machine, lazy)
+        machine.lazy = None
+        lazy.finish()
+    finally:
+        if runs:
+            await machine.go_on()
+
+
+def _let_go(machine: Machine, lazy: LazyRestore) -> None:
+    tracking, journal = machine.tracking, machine.journal
+    followed = [name for name in lazy.regions if name in tracking.trackers]
+    journal.begin_collect(followed)
+    with Userfaultfd.of(machine.pid) as descriptor:
+        for name in lazy.regions:
+            if name in followed and tracking.trackers[name].kind == "userfaultfd":
+                tracking.trackers[name].follow_writes_only()
+                continue
+            file = machine.memory.files[name].open()
+            try:
+                for mapping in shared_mappings(machine.pid, file):
+                    descriptor.unregister(mapping.start, mapping.size)
+            finally:
+                os.close(file)
+
+
+async def _ended(lazy: LazyRestore) -> bool:
+    """Wait a moment; whether there is no server any more."""
+    if lazy.pidfd < 0:
+        return True
+    loop, end = asyncio.get_running_loop(), asyncio.Event()
+    pidfd = os.dup(lazy.pidfd)
+    loop.add_reader(pidfd, end.set)
+    try:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(end.wait(), _LOOK_S)
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+    if end.is_set():
+        lazy.reap()
+    return end.is_set()
+
+
+async def _replace(machine: Machine, lazy: LazyRestore, say: Callable[[str], None]) -> None:
+    if not machine.qemu.alive():
+        await asyncio.sleep(_LOOK_S)  # the supervisor is going to notice
+        return
+    vm = machine.description.name
+    try:
+        await asyncio.to_thread(lazy.serve, machine.qemu.record.identity)
+        say(f"{vm}: its page server had ended, another one goes on")
+    except ConflictError as error:
+        say(f"{vm}: {one_line(error)}")
+        await asyncio.sleep(_AGAIN_S)
+    except PerdureError as error:
+        say(f"{vm} waits for memory: no page server can be started: {one_line(error)}")
+        lazy.kill()
+        await asyncio.sleep(_AGAIN_S)

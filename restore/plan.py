@@ -1,0 +1,174 @@
+"""Where each page of a region comes from: the page map as arrays, window by window, only as far as it is wanted.
+
+A window is 1024 pages (4 MiB). Planning one takes a walk to the 32 lowest nodes and one look-up in the index, some
+1 ms; several together are cheaper. The nodes above are kept, at most 8 MiB of them, and a window is given up when
+nothing of it is left to place, so that memory follows what is planned ahead and never the region. Belongs to one
+thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base.errors import ConflictError, IntegrityError
+from base.units import PAGE
+from store import pagemap
+from store.index.chunks import LOCATION
+from store.nodes import LOOKS, StoredNodes
+from store.packs import FrameReader
+from store.records import Region
+
+WINDOW = 1024
+_KEPT_NODES = 8192
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """Non-zero pages of a window, ascending: `numbers` int64 (n,), `ids` uint8 (n, 32), `locations` LOCATION (n,), and
+    `frames` uint64 (n,), which is equal for pages that are in one frame."""
+
+    numbers: NDArray[np.int64]
+    ids: NDArray[np.uint8]
+    locations: NDArray[np.void]
+    frames: NDArray[np.uint64]
+
+    def find(self, page: int) -> int:
+        """Its place in the arrays; -1 if the page is zero."""
+        at = int(np.searchsorted(self.numbers, page))
+        return at if at < len(self.numbers) and self.numbers[at] == page else -1
+
+
+class RegionPlan:
+    """One region's; `windows` are the planned ones by number."""
+
+    def __init__(self, nodes: StoredNodes, frames: FrameReader, region: Region) -> None:
+        """Raises ConflictError for a region that is not kept in pages."""
+        if region.root.chunk_size != PAGE or region.root.length % PAGE:
+            raise ConflictError(f"region {region.name} is not kept in pages, and cannot be restored lazily")
+        self.region = region
+        self.windows: dict[int, Window] = {}
+        self.finished = np.zeros(self.count, np.bool_)
+        """Windows of which nothing is left to place: what of them is not claimed is zero."""
+        self._nodes, self._stored, self._frames = _KeptNodes(nodes), nodes, frames
+
+    @property
+    def count(self) -> int:
+        """Windows of the region, up to the last page that is not zero."""
+        pages = min(self.region.root.length // PAGE, pagemap.FANOUT**self.region.root.height)
+        return -(-pages // WINDOW) if self.region.root.id != pagemap.ZERO_ID else 0
+
+    def finish(self, number: int) -> None:
+        """Nothing is left to place of a window."""
+        self.finished[number] = True
+        self.windows.pop(number, None)
+
+    def plan(self, first: int, last: int) -> list[Window]:
+        """Plan windows [first, last); gives those that were not planned. Raises IntegrityError, StorageError."""
+        parts = list(pagemap.leaves(self.region.root, self._nodes, first * WINDOW, last * WINDOW))
+        numbers = np.concatenate([np.empty(0, np.uint64), *(each for each, _ in parts)]).astype(np.int64)
+        ids = np.concatenate([np.empty((0, pagemap.ID_BYTES), np.uint8), *(each for _, each in parts)])
+        locations = self._stored.locate(ids)
+        frames = (locations["pack"].astype(np.uint64) << np.uint64(32)) | locations["frame"]
+        new = []
+        edges = np.searchsorted(numbers, np.arange(first, last + 1) * WINDOW).tolist()
+        for window, low, high in zip(range(first, last), edges[:-1], edges[1:], strict=True):
+            if window not in self.windows and not self.finished[window]:
+                found = Window(numbers[low:high], ids[low:high], locations[low:high].copy(), frames[low:high].copy())
+                self.windows[window] = found
+                new.append(found)
+        return new
+
+    def occupied(self, batch: int) -> Iterator[tuple[int, int]]:
+        """Ranges of windows, at most `batch` in each, that cover all pages that are not zero; what is empty on high
+        levels is skipped. Raises IntegrityError, StorageError."""
+        yield from _occupied(self.region.root, self._nodes, self.count, batch)
+
+    def chunks(self, window: Window, members: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """The content (m, PAGE) of members of a window that are in one frame. What was moved meanwhile is looked up
+        again, and the window then says where it is. Raises IntegrityError, StorageError."""
+        for _ in range(LOOKS):
+            place = window.locations[members[0]]
+            wanted = window.ids[members]
+            try:
+                if not place["pack"]:
+                    raise IntegrityError(
+                        "page map", "it needs a chunk that is in no pack", chunk=bytes(wanted[0]).hex()
+                    )
+                pack, number = int(place["pack"]), int(place["frame"])
+                found = self._frames.frame(pack, number, cache=False)
+                chunks = self._frames.proven(pack, number, found, window.locations["slot"][members], wanted)
+                return np.ascontiguousarray(chunks)
+            except IntegrityError as error:
+                failure = error
+                again = self._stored.located_anew(wanted, window.locations[members])
+                if again is None:
+                    raise
+                window.locations[members] = again
+                window.frames[members] = (again["pack"].astype(np.uint64) << np.uint64(32)) | again["frame"]
+                if len(np.unique(window.frames[members])) > 1:
+                    raise MovedError from error
+        raise failure
+
+
+NOTHING = Window(
+    np.empty(0, np.int64), np.empty((0, pagemap.ID_BYTES), np.uint8), np.empty(0, LOCATION), np.empty(0, np.uint64)
+)
+"""A window in which nothing is left to place."""
+
+
+class MovedError(Exception):
+    """Pages that were in one frame are in several now: the window knows which, and has to be asked again."""
+
+
+class _KeptNodes:
+    """Nodes above the lowest level, kept: each window asks for the same ones."""
+
+    def __init__(self, nodes: StoredNodes) -> None:
+        self._nodes = nodes
+        self._kept: dict[bytes, NDArray[np.uint8]] = {}
+
+    def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """As of store.pagemap.NodeSource."""
+        if level == 1:
+            return self._nodes.fetch(level, ids)
+        names = [bytes(each) for each in ids]
+        missing = [at for at, name in enumerate(names) if name not in self._kept]
+        if missing:
+            if len(self._kept) + len(missing) > _KEPT_NODES:
+                self._kept.clear()
+                missing = list(range(len(names)))
+            for at, node in zip(missing, self._nodes.fetch(level, ids[missing]), strict=True):
+                self._kept[names[at]] = node
+        return np.stack([self._kept[name] for name in names])
+
+
+def _occupied(root: pagemap.Root, nodes: _KeptNodes, count: int, batch: int) -> Iterator[tuple[int, int]]:
+    if root.height <= 2:
+        if count:
+            yield 0, count
+        return
+    top = np.frombuffer(root.id, np.uint8).reshape(1, -1)
+    waiting: tuple[int, int] | None = None
+    for window in _below(root.height, np.zeros(1, np.int64), top, nodes):
+        if waiting is not None and window == waiting[1] and window - waiting[0] < batch:
+            waiting = waiting[0], window + 1
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = window, window + 1
+    if waiting is not None:
+        yield waiting
+
+
+def _below(level: int, places: NDArray[np.int64], ids: NDArray[np.uint8], nodes: _KeptNodes) -> Iterator[int]:
+    """Places of the nodes of level 2 that are there, each of which is a window, ascending."""
+    if level == 2:
+        yield from places.tolist()
+        return
+    for place, node in zip(places.tolist(), nodes.fetch(level, ids), strict=True):
+        children = np.flatnonzero(node.any(axis=1))
+        yield from _below(level - 1, place * pagemap.FANOUT + children, node[children], nodes)

@@ -1,0 +1,181 @@
+"""Lazy restore, end to end, on real QEMU: the VM is there at once, and its memory is what it was, whatever happens.
+
+Judged by a program in the guest that finds every page of its memory that is not of the instant, by what it verifies of
+its persistent memory, and by QEMU's own pmemsave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from supervised import NAME, SECONDS, Image, Supervised
+from test_full import ORDINARY, full, goes_on, judged, nothing_is_left, walked
+from test_survival import Lender, boot, content, reboot, write
+
+from restore import claims as record
+
+pytestmark = pytest.mark.qemu
+
+
+@pytest.fixture(scope="module")
+def lender(guest_image: Image) -> Iterator[Lender]:
+    made = Lender(guest_image)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def vm(lender: Lender) -> Iterator[Supervised]:
+    """A running VM whose guest walks over its memory."""
+    vm = lender.lend("auto")
+    vm.guest.run(ORDINARY)
+    yield vm
+    print(vm.report())  # shown for a test that fails
+    for log in vm.runtime.glob("pages.log"):
+        print(log.read_text())
+
+
+def words(vm: Supervised, which: int) -> int:
+    """A word of the record of the restore that is under way; 0 if there is none."""
+    with contextlib.suppress(OSError, struct.error):
+        for path in vm.runtime.glob(f"memory*/{record.CLAIMS}"):
+            with path.open("rb") as file:
+                return int(struct.unpack("<Q", os.pread(file.fileno(), 8, 8 * which))[0])
+    return 0
+
+
+def resume(vm: Supervised, point: str, *more: str) -> Any:
+    """Go back to a point, lazily; nothing looks at memory before the guest does."""
+    vm.tell_hook("nothing")
+    done = vm.perdure("rollback", point, "--lazy", "--discard", *more)
+    assert done["resumed"]
+    return done
+
+
+def kill_server(vm: Supervised) -> bool:
+    """SIGKILL; whether there was one."""
+    server = words(vm, record.SERVER)
+    if server:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
+            return True
+    return False
+
+
+def all_there(vm: Supervised) -> None:
+    vm.until(lambda: vm.status()["lazy"] is None, "all of its memory is there")
+    assert not list(vm.runtime.glob("memory*/lazy.*"))
+
+
+def test_a_vm_goes_on_at_once_and_its_page_server_may_be_killed_at_any_time(vm: Supervised) -> None:
+    area = write(vm, "kept", 5)
+    made = judged(vm)
+    point, then, booted = f"{NAME}@{made['generation']}", walked(vm), vm.guest.boot_id
+    vm.guest.run(f"memory[:] = content(6, {area.size})")
+    goes_on(vm)
+    resume(vm, point)
+    told = vm.status()["lazy"]
+    assert told["faults"] > 0
+    assert told["percent"] < 100
+    assert kill_server(vm)
+    assert vm.guest.wait_ready(SECONDS) == booted
+    assert vm.guest.run("steps[0]") < then + 10000
+    for _ in range(3):
+        servers = words(vm, record.SERVERS)
+        kill_server(vm)
+        vm.until(lambda: words(vm, record.SERVERS) != servers, "another one, or all is there")  # noqa: B023  used up in this turn
+        walked(vm)
+    all_there(vm)
+    goes_on(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 5)")
+    vm.run.look()
+    assert "another one goes on" in vm.run.text
+    second = judged(vm)
+    assert second["dirty_bytes"] < made["region_bytes"] / 4  # pages that were placed do not count as changed
+    nothing_is_left(vm)
+
+
+def test_its_supervisor_may_be_killed_and_memory_is_whole_before_it_is_captured(vm: Supervised) -> None:
+    area = write(vm, "kept", 7)
+    point = f"{NAME}@{full(vm)['generation']}"
+    resume(vm, point)
+    vm.run.kill()
+    kill_server(vm)
+    boot(vm)
+    goes_on(vm)
+    made = full(vm)  # which needs all of it
+    assert vm.status()["lazy"] is None
+    judged(vm)
+    resume(vm, f"{NAME}@{made['generation']}")
+    vm.run.kill()  # its page server goes on
+    boot(vm)
+    goes_on(vm)
+    all_there(vm)
+    judged(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 7)")
+
+
+def test_a_reboot_or_the_end_of_qemu_meanwhile_costs_nothing_of_what_is_kept(vm: Supervised) -> None:
+    area = write(vm, "kept", 8)
+    point = f"{NAME}@{full(vm)['generation']}"
+    resume(vm, point)
+    vm.guest.wait_ready(SECONDS)
+    vm.guest.run("finish()")
+    reboot(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 8)")
+    all_there(vm)
+    resume(vm, point)
+    vm.kill_qemu()
+    assert vm.run.ended() == 1
+    latest = vm.log()[-1]
+    assert (latest["cause"], latest["full"]) == ("crash", False)
+    assert area.of(vm.export()) == content(8)
+    boot(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 8)")
+
+
+def test_a_guest_waits_for_what_cannot_be_read_and_goes_on_when_it_can(vm: Supervised) -> None:
+    write(vm, "kept", 9)
+    made = full(vm)
+    packs = [path for path in (vm.repository / "packs").iterdir() if path.stat().st_size > 1 << 20]
+    whole = {path: path.read_bytes() for path in packs}
+    resume(vm, f"{NAME}@{made['generation']}")
+    server = words(vm, record.SERVER)
+    os.kill(server, signal.SIGSTOP)
+    assert words(vm, record.PHASE) == record.SERVING
+    for path, data in whole.items():
+        spoilt = bytearray(data)
+        spoilt[200:-300:50] = bytes(each ^ 1 for each in spoilt[200:-300:50])
+        path.chmod(0o600)
+        path.write_bytes(spoilt)
+    os.kill(server, signal.SIGCONT)
+    vm.run.expect(rf"waits for memory: {NAME}@{made['generation']}: .* of region .* cannot be read: packs/")
+    assert "cannot be read: packs/" in vm.status()["lazy"]["problem"]
+    assert "is not all there" in vm.refused("snapshot", NAME)
+    for path, data in whole.items():
+        path.write_bytes(data)
+    vm.run.expect("all of its memory is there")
+    vm.guest.wait_ready(SECONDS)
+    goes_on(vm)
+    judged(vm)
+
+
+def test_run_resumes_lazily_after_power_loss(vm: Supervised) -> None:
+    area = write(vm, "kept", 10)
+    full(vm)
+    booted = vm.guest.boot_id
+    vm.lose_power()
+    vm.tell_hook("nothing")
+    vm.boot("--lazy")
+    assert "its memory comes as it is touched" in vm.run.text
+    assert vm.guest.boot_id == booted
+    goes_on(vm)
+    all_there(vm)
+    assert vm.guest.run(f"holds('kept', {area.size}, 10)")
+    judged(vm)
