@@ -26,7 +26,7 @@ readable frames are in the index, reads use them, and deduplication does not (`a
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -106,7 +106,7 @@ class Catalog:
         return sequence, record_id
 
     def apply(
-        self, txn: lmdb.Transaction, record: Record, packs: list[PackInfo], gathered: Additions | None = None
+        self, txn: lmdb.Transaction, record: Record, packs: Iterable[PackInfo], gathered: Additions | None = None
     ) -> None:
         """Replay one record, the next in sequence. `packs` are those that it names and that are not known yet.
 
@@ -114,7 +114,7 @@ class Catalog:
         """
         additions = Additions() if gathered is None else gathered
         for pack in packs:
-            self._add_pack(txn, pack, additions)
+            self.add_pack(txn, pack, additions)
         if gathered is None:
             self.add_gathered(txn, additions)
         header, body = record.header, record.body
@@ -183,8 +183,8 @@ class Catalog:
         if len(gathered):
             self._index.add(txn, *gathered.take())
 
-    def _add_pack(self, txn: lmdb.Transaction, pack: PackInfo, additions: Additions) -> None:
-        """Note a pack and gather its chunks; does nothing for a pack that is known."""
+    def add_pack(self, txn: lmdb.Transaction, pack: PackInfo, additions: Additions) -> None:
+        """Note a pack, and gather its chunks for `add_gathered`; does nothing for a pack that is known."""
         if self._get(txn, "pack_ids", pack.header.pack_id) is not None:
             return
         number = _NUMBER.unpack(self._get(txn, "meta", b"next pack") or _NUMBER.pack(1))[0]
@@ -294,7 +294,7 @@ class Catalog:
             self._delete(txn, "pack_ids", pack.header.pack_id)
         self._delete(txn, "damaged", pack.header.pack_id)
         additions = Additions()
-        self._add_pack(txn, pack, additions)
+        self.add_pack(txn, pack, additions)
         self.add_gathered(txn, additions)
 
     def vm(self, txn: lmdb.Transaction, name: str) -> tuple[bytes, int] | None:

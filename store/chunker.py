@@ -27,7 +27,7 @@ from base.errors import PerdureError, StorageError
 from base.extents import Extents
 from base.workers import usable_cores
 from store import format as layout
-from store.packs import Compressor, PackInfo, PackWriter, SealingKeys
+from store.packs import Compressor, PackWriter, SealingKeys, WrittenPack
 from store.storage import Storage
 
 _Chunks = tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -69,7 +69,7 @@ class Chunker:
         self._publisher = ThreadPoolExecutor(1) if background else None
         self._threads = ThreadPoolExecutor(usable_cores()) if not background and usable_cores() > 1 else None
         self._waiting: deque[Callable[[], None]] = deque()
-        self._closing: list[Future[PackInfo]] = []
+        self._closing: list[Future[WrittenPack]] = []
         self._free: list[NDArray[np.uint8]] = []
 
     def read(self, token: int, descriptor: int, extents: Extents, chunk_size: int) -> NDArray[np.uint8]:
@@ -98,7 +98,7 @@ class Chunker:
         else:
             self._free.append(buffer)
 
-    def finish(self) -> list[PackInfo]:
+    def finish(self) -> list[WrittenPack]:
         """Publish what is open; gives all packs published. Raises StorageError, IntegrityError."""
         if self._carry is not None:
             self._emit(self._carry)
@@ -203,7 +203,7 @@ class Chunker:
         if self._publisher is not None:
             self._closing.append(self._publisher.submit(pack.close))
         else:
-            done: Future[PackInfo] = Future()
+            done: Future[WrittenPack] = Future()
             done.set_result(pack.close())
             self._closing.append(done)
 

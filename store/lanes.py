@@ -23,7 +23,7 @@ from base.extents import Extents
 from base.workers import WorkerPool, receive_descriptor
 from store.chunker import Chunker, ChunkKeys, PackingSettings
 from store.keys import DataKeys
-from store.packs import PackInfo, delete_packs
+from store.packs import WrittenPack, delete_packs
 from store.storage import Storage
 
 _DEPTH = 8
@@ -50,7 +50,7 @@ class Lanes(Protocol):
     def drive(self, descriptor: int, chunk_size: int, batches: Iterator[Batch], judge: Judge) -> None:
         """Read every batch from the file, ask the judge, pack. Raises StorageError, WorkerError."""
 
-    def finish(self) -> list[PackInfo]:
+    def finish(self) -> list[WrittenPack]:
         """Publish all packs."""
 
     def abandon(self) -> None:
@@ -79,7 +79,7 @@ class LocalLane:
             for token, wanted in enumerate(_judged(judge, group, ids)):
                 self._chunker.keep(token, wanted)
 
-    def finish(self) -> list[PackInfo]:
+    def finish(self) -> list[WrittenPack]:
         return self._chunker.finish()
 
     def abandon(self) -> None:
@@ -91,7 +91,7 @@ class WorkerLanes:
 
     def __init__(self, pool: WorkerPool, storage: Storage, keys: bytes, settings: PackingSettings) -> None:
         self._pool, self._storage = pool, storage
-        self._finished: list[PackInfo] = []
+        self._finished: list[WrittenPack] = []
         pool.ready()
         for worker in range(len(pool)):
             pool.send(worker, ("begin", storage, keys, settings))
@@ -150,7 +150,7 @@ class WorkerLanes:
             load[worker] -= 1
         answers.clear()
 
-    def finish(self) -> list[PackInfo]:
+    def finish(self) -> list[WrittenPack]:
         for worker in range(len(self._pool)):
             self._pool.send(worker, ("finish",))
         for worker in range(len(self._pool)):

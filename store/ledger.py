@@ -26,6 +26,7 @@ from base.errors import (
     ConflictError,
     IntegrityError,
     LockedError,
+    PerdureError,
     StorageError,
     WrongPassphraseError,
 )
@@ -39,7 +40,7 @@ from store.index.chunks import Index
 from store.index.environment import Environment, IndexLostError
 from store.key_files import read_key_files
 from store.keys import Keys
-from store.packs import PackInfo
+from store.packs import WrittenPack, read_pack
 from store.records import (
     AttributesBody,
     Body,
@@ -197,7 +198,7 @@ class Ledger:
 
     def swap(
         self,
-        added: list[PackInfo],
+        added: list[WrittenPack],
         removed: Sequence[bytes],
         relied: Set[int] = frozenset(),
         require: Callable[[lmdb.Transaction], None] = lambda _: None,
@@ -237,7 +238,7 @@ class Ledger:
         *,
         parent: Generation | None,
         drafts: list[RegionDraft],
-        packs: list[PackInfo],
+        packs: list[WrittenPack],
         hit_packs: set[int],
         dirty_bytes: int,
         cause: str,
@@ -287,23 +288,32 @@ class Ledger:
         assert isinstance(record.body, GenerationBody)
         return generation_of(record.header, record.body, record.id)
 
-    def _commit(self, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
-        """Append a record. Once it is published that is a success, whatever LMDB says: the index catches up when it is
-        next opened."""
-        record: Record | None = None
+    def _commit(self, kind: int, numbered: _Numbered, packs: list[WrittenPack]) -> Record:
+        """Append a record. Once it is published that is a success, whatever then fails: the index catches up when it is
+        next opened or refreshed."""
+        published: list[Record] = []
         try:
             with self.environment.write(_PURPOSES.get(kind, "appending a record")) as txn:
-                record = self._append(txn, kind, numbered, packs)
-        except (StorageError, IndexLostError):
-            if record is None:
+                self._append(txn, kind, numbered, packs, published)
+            if _chunks(packs) > _REPLAY_AT_ONCE:
+                self.refresh()
+        except PerdureError:
+            if not published:
                 raise
         with suppress(StorageError):
             self._remember()
-        assert record is not None
-        return record
+        return published[0]
 
-    def _append(self, txn: lmdb.Transaction, kind: int, numbered: _Numbered, packs: list[PackInfo]) -> Record:
-        """Publish the next record inside a write transaction; if another writer was faster, replay it and try again."""
+    def _append(
+        self,
+        txn: lmdb.Transaction,
+        kind: int,
+        numbered: _Numbered,
+        packs: list[WrittenPack],
+        published: list[Record],
+    ) -> None:
+        """Publish the next record inside a write transaction, and note it in `published`; if another writer was faster,
+        replay his and try again. What has more chunks than fit one transaction is left to `refresh`."""
         while True:
             self._replay.forward(txn, silent, None)
             body, vm_id, number, parent = numbered(txn)
@@ -323,8 +333,11 @@ class Ledger:
                     ) from error
                 raise
             record = decode_record(self.keys, data, sequence + 1, previous)
-            self.catalog.apply(txn, record, packs)
-            return record
+            published.append(record)
+            if _chunks(packs) <= _REPLAY_AT_ONCE:
+                footers = (read_pack(self.storage, self.keys, pack.header.pack_id) for pack in packs)
+                self.catalog.apply(txn, record, footers)
+            return
 
     def avoided(self, txn: lmdb.Transaction) -> NDArray[np.uint32]:
         """Numbers of packs in which deduplication must find nothing."""
@@ -434,6 +447,10 @@ _Append = tuple[Body, bytes, int, bytes]
 """(body, VM id, generation number, parent id) of a record to append."""
 _Numbered = Callable[[lmdb.Transaction], _Append]
 """Says inside the transaction, once others' records are replayed, what to append; raises if that is to be nothing."""
+
+
+def _chunks(packs: list[WrittenPack]) -> int:
+    return sum(pack.chunks for pack in packs)
 
 
 def _named(generation: Generation) -> tuple[bytes, int]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from base.errors import IntegrityError
 from store import format as layout
 from store.index.chunks import LOCATION, Index
-from store.packs import FrameReader, PackInfo, PackWriter, SealingKeys, delete_packs
+from store.packs import FrameReader, PackWriter, SealingKeys, WrittenPack, delete_packs
 from store.pagemap import FANOUT
 from store.storage import Storage
 
@@ -132,7 +132,7 @@ class NodeWriter:
     def __init__(self, storage: Storage, keys: SealingKeys, stored: StoredNodes, pack_bytes: int) -> None:
         self._storage, self._keys, self._stored, self._pack_bytes = storage, keys, stored, pack_bytes
         self._open: list[PackWriter] = []
-        self._done: list[PackInfo] = []
+        self._done: list[WrittenPack] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
         self._unchecked: dict[bytes, bytes] = {}
         self._waiting: dict[bytes, bytes] = {}
@@ -185,7 +185,7 @@ class NodeWriter:
                 if len(self._waiting) == _NODES_PER_FRAME:
                     self._emit()
 
-    def finish(self) -> list[PackInfo]:
+    def finish(self) -> list[WrittenPack]:
         """Publish the packs of nodes."""
         self._check()
         self._emit()

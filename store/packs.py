@@ -47,9 +47,24 @@ class SealingKeys(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class WrittenPack:
+    """A pack that was published: `size` in bytes, and how many `chunks` it has. Which these are its footer says: who
+    writes much would otherwise hold 32 bytes for each."""
+
+    header: layout.PackHeader
+    size: int
+    chunks: int
+
+    @property
+    def name(self) -> str:
+        """Its storage name."""
+        return layout.pack_name(self.header.pack_id)
+
+
+@dataclass(frozen=True, slots=True)
 class PackInfo:
-    """A published pack as its writer, or a reader of its footer, knows it. `size` in bytes; `end`: where the last
-    frame ends, if that does not follow from the size since the pack is damaged."""
+    """A published pack as a reader of its footer knows it. `size` in bytes; `end`: where the last frame ends, if that
+    does not follow from the size since the pack is damaged."""
 
     header: layout.PackHeader
     footer: layout.PackFooter
@@ -84,7 +99,7 @@ class PackInfo:
         return self.size - layout.PACK_TRAILER.size - footer - SEAL_OVERHEAD
 
 
-def delete_packs(storage: Storage, packs: Iterable[PackInfo]) -> None:
+def delete_packs(storage: Storage, packs: Iterable[WrittenPack]) -> None:
     """Take away packs that are visible and that no record will name. Where that fails they are garbage, no more."""
     for pack in packs:
         with suppress(StorageError):
@@ -121,7 +136,7 @@ class PackWriter:
         self._append(layout.FRAME_LENGTH.pack(len(sealed)), sealed)
         return number
 
-    def close(self) -> PackInfo:
+    def close(self) -> WrittenPack:
         """Write the footer, read everything back, publish. The caller settles the folder. Raises StorageError,
         IntegrityError (what is on the disk is not what was sealed: nothing is published)."""
         try:
@@ -137,7 +152,7 @@ class PackWriter:
         except BaseException:
             self.abandon()
             raise
-        return PackInfo(self.header, footer, self.size)
+        return WrittenPack(self.header, self.size, len(ids))
 
     def abandon(self) -> None:
         """Drop what was written."""

@@ -40,8 +40,9 @@ class Replay:
         """Replay records that this host has not seen; gives the last sequence.
 
         Until they have brought about `limit` entries of the index, a record counting as some itself (None: all), so
-        that neither memory nor the time for which others wait follows the length of the history, and what is done
-        stays. Raises IntegrityError, WrongPassphraseError, StorageError.
+        that neither memory nor the time for which others wait follows the length of the history or the size of a
+        generation, and what is done stays: of a record with more packs than that, these are indexed first, some at a
+        time, and it is applied with the last of them. Raises IntegrityError, WrongPassphraseError, StorageError.
         """
         sequence, previous = self._catalog.last(txn)
         first, total, epoch, gathered = sequence, 0, 0, Additions()
@@ -56,17 +57,36 @@ class Replay:
             record = decode_record(keys, data, sequence, previous, epoch)
             epoch, previous, body = record.header.epoch, record.id, record.body
             added = body.packs if isinstance(body, GenerationBody) else body.added if isinstance(body, SwapBody) else ()
-            examined = [salvage.examine(self._storage, keys, bytes.fromhex(each)) for each in added]
-            self._catalog.apply(txn, record, [each.info for each in examined if each.info is not None], gathered)
-            for each in examined:
-                if each.problems:
-                    self._catalog.note_damage(txn, _damage(each))
+            if not self._add_packs(txn, keys, added, gathered, limit):
+                sequence -= 1
+                break
+            self._catalog.apply(txn, record, (), gathered)
             total = total or sum(1 for _ in self._storage.list("records"))
             progress("indexing records", sequence, max(total, sequence))
         self._catalog.add_gathered(txn, gathered)
         if sequence > first:
             self._history.settle("records")
         return sequence
+
+    def _add_packs(
+        self, txn: lmdb.Transaction, keys: Keys, packs: tuple[str, ...], gathered: Additions, limit: int | None
+    ) -> bool:
+        """Note packs and gather their chunks, as long as these are no more than `limit`; whether that is all of them.
+
+        One that is known is not looked at again.
+        """
+        for name in packs:
+            pack_id = bytes.fromhex(name)
+            if self._catalog.names(txn, pack_id):
+                continue
+            if limit is not None and len(gathered) >= limit:
+                return False
+            examined = salvage.examine(self._storage, keys, pack_id)
+            if examined.info is not None:
+                self._catalog.add_pack(txn, examined.info, gathered)
+            if examined.problems:
+                self._catalog.note_damage(txn, _damage(examined))
+        return True
 
     def _data(self, sequence: int) -> bytes:
         return self._storage.get(layout.record_name(sequence))

@@ -26,7 +26,7 @@ from store import format as layout
 from store import leases, pagemap
 from store.lanes import Batch, Lanes, LocalLane
 from store.nodes import NodeWriter
-from store.packs import PackInfo, delete_packs
+from store.packs import WrittenPack, delete_packs
 from store.records import Generation, UncertainCommitError
 from store.retention.quotas import Admission, OvertakenError, Wanted, WantedRegion, admit
 from store.stored_ids import StoredIds
@@ -88,7 +88,7 @@ class GenerationWriter:
         self._drafts: dict[str, RegionDraft] = {}
         self._new = StoredIds(repository.environment.directory.parent, repository.disk)
         self._hit_packs: set[int] = set()
-        self._published: list[PackInfo] = []
+        self._published: list[WrittenPack] = []
         self.dirty_bytes = 0
         self.forgotten: list[Generation] = []
         policy = repository.policy(vm)

@@ -48,7 +48,7 @@ from store import leases
 from store.index.chunks import LOCATION
 from store.leases import HeldLease
 from store.nodes import NODE_BYTES
-from store.packs import PackEntry, PackInfo, read_pack
+from store.packs import PackEntry, WrittenPack, read_pack
 from store.pagemap import Root
 from store.records import Generation, GenerationBody, SwapBody, UncertainCommitError
 from store.upkeep import reserve
@@ -437,7 +437,7 @@ class Prune:
         sizes = np.full(len(at), NODE_BYTES) if nodes else -(-repository.settings.frame_bytes // counts[frame])
         return entry.header.kind, footer.ids[at], locations, sizes, rank[at]
 
-    def _swap(self, gone: list[PackUse], added: list[PackInfo], relied: set[int]) -> None:
+    def _swap(self, gone: list[PackUse], added: list[WrittenPack], relied: set[int]) -> None:
         """Append the record, if nobody has changed meanwhile what it stands on."""
         catalog, since = self._repository.catalog, self._doomed_since
 

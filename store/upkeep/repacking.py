@@ -23,7 +23,7 @@ from base.workers import usable_cores
 from store import format as layout
 from store.chunker import PackingSettings
 from store.nodes import by_frame
-from store.packs import Compressor, FrameReader, PackInfo, PackWriter, SealingKeys
+from store.packs import Compressor, FrameReader, PackWriter, SealingKeys, WrittenPack
 from store.storage import Storage
 
 WINDOW_BYTES = 32 << 20
@@ -71,7 +71,7 @@ class Repacking:
             writer = self._writers[kind] = _Writer(self.storage, self.keys, kind, self.settings)
         writer.add(ids, chunks, threads)
 
-    def finish(self) -> list[PackInfo]:
+    def finish(self) -> list[WrittenPack]:
         """Publish all packs. Raises StorageError, IntegrityError."""
         return [pack for writer in self._writers.values() for pack in writer.finish()]
 
@@ -120,7 +120,7 @@ class _Writer:
         self._compress = Compressor(settings.level)
         self._pack: PackWriter | None = None
         self._carry: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
-        self.done: list[PackInfo] = []
+        self.done: list[WrittenPack] = []
 
     def add(self, ids: NDArray[np.uint8], chunks: NDArray[np.uint8], threads: ThreadPoolExecutor) -> None:
         size, per_frame = chunks.shape[1], self._per_frame(chunks.shape[1])
@@ -142,7 +142,7 @@ class _Writer:
         for (ids, chunks), (codec, payload) in zip(frames, packed, strict=True):
             self._emit(codec, chunks.shape[1], ids, payload)
 
-    def finish(self) -> list[PackInfo]:
+    def finish(self) -> list[WrittenPack]:
         for size, (ids, chunks) in self._carry.items():
             codec, payload = self._packed(chunks)
             self._emit(codec, size, ids, payload)
