@@ -7,7 +7,6 @@ continued, its devices saved, its disks kept at that instant.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -81,7 +80,8 @@ class DiskInstant:
             if name not in followed:
                 raise VirtualMachineError(f"VM {machine.description.name}: QEMU does not have disk {name} any more")
             base = machine.disk_bases.get(name)
-            captured.append(CapturedDisk(name, base, problem_of(name, base, followed[name]), secrets.token_hex(8)))
+            problem = problem_of(name, base, followed[name])
+            captured.append(CapturedDisk(name, base, problem, followed[name].new_token()))
         return cls(machine, asyncio.get_running_loop(), captured)
 
     def prepare(self) -> None:

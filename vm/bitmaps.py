@@ -8,7 +8,9 @@ Names of ours, on the node of a disk (`vm.disks.node_of`):
 
 The token stands in the metadata of the generation with that instant, so that a bitmap says by itself which generation
 it belongs to, and whoever commits the generation makes the bitmap that of the VM's disk in the same step. One that no
-generation names, and one that QEMU calls inconsistent (it had ended without writing it), is not trusted.
+generation names, and one that QEMU calls inconsistent (it had ended without writing it), is not trusted. Nor is one
+whose image builds on a file that was changed since. (That an image goes back to an internal snapshot of its own, QEMU
+and qemu-img refuse as long as there is a bitmap.)
 
 Order of a capture: `prepare` while the guest runs; `begin` within the stop, one transaction for all disks; after the
 export has been read, and the generation committed or not, `settle`. The older bitmap records on until then, so that
@@ -23,6 +25,9 @@ Coroutines of the monitor's loop. Source: QEMU, docs/interop/bitmaps.rst, qapi/b
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,12 +64,18 @@ class Bitmap:
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """What QEMU has of a disk: its format, and bitmaps of ours. `size` in bytes."""
+    """What QEMU has of a disk: its format, and bitmaps of ours. `size` in bytes; `backing` stands for the files that
+    the image builds on, as they are now."""
 
     disk: str
     driver: str
     size: int
     bitmaps: tuple[Bitmap, ...]
+    backing: str
+
+    def new_token(self) -> str:
+        """For a bitmap that begins now. It says on what the image builds, which no bitmap follows."""
+        return self.backing + secrets.token_hex(8)
 
     def since(self, token: str) -> Bitmap | None:
         """The bitmap that records since a generation with this token; None if there is none to trust."""
@@ -76,7 +87,7 @@ class Followed:
         if token is None:
             return f"it was not followed since {generation}"
         if self.since(token) is not None:
-            return None
+            return None if token.startswith(self.backing) else "a backing file of its image was changed"
         found = [each for each in self.bitmaps if each.name in (_SINCE + token, _KEPT + token)]
         if any(each.inconsistent for each in found):
             return f"its bitmap since {generation} is inconsistent: QEMU had not ended as it should"
@@ -89,7 +100,7 @@ class Followed:
 
 async def look(monitor: Monitor, disks: Sequence[str], *, timeout_s: float = COMMAND_SECONDS) -> dict[str, Followed]:
     """What QEMU has of these disks; those that it does not have are left out. Raises VirtualMachineError."""
-    nodes = await monitor.execute("query-named-block-nodes", timeout_s=timeout_s, flat=True)
+    nodes = await monitor.execute("query-named-block-nodes", timeout_s=timeout_s)
     by_name = {each["node-name"]: each for each in nodes}
     return {disk: _followed(disk, by_name[node_of(disk)]) for disk in disks if node_of(disk) in by_name}
 
@@ -153,7 +164,19 @@ def _followed(disk: str, node: Mapping[str, Any]) -> Followed:
         for each in node.get("dirty-bitmaps", ())
         if str(each.get("name", "")).startswith(_OURS)  # QEMU's own have no name
     )
-    return Followed(disk, str(node["drv"]), int(node["image"]["virtual-size"]), bitmaps)
+    return Followed(disk, str(node["drv"]), int(node["image"]["virtual-size"]), bitmaps, _backing(node["image"]))
+
+
+def _backing(image: Mapping[str, Any]) -> str:
+    """A digest of size and time of all backing files; what is no file does not change."""
+    facts = []
+    while (behind := image.get("backing-image")) is not None:
+        image = behind
+        with contextlib.suppress(OSError):
+            path = str(image["filename"])
+            found = os.stat(path)
+            facts.append(f"{path} {found.st_size} {found.st_mtime_ns}")
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=4).hexdigest()
 
 
 def _is_right(bitmap: Bitmap) -> bool:

@@ -226,13 +226,16 @@ def test_disks_come_and_go_and_change_their_size(vm: DiskVM) -> None:
     assert vm.run.ended() == 1
     (vm.folder / "new").write_bytes(os.urandom(2 * MIB))
     image("resize", "-f", "qcow2", vm.folder / "over", "14M")
+    image("create", "-f", "qcow2", vm.folder / "other", 12 * MIB)
+    image("rebase", "-u", "-f", "qcow2", "-b", vm.folder / "other", "-F", "qcow2", vm.folder / "also")
     image("resize", "-f", "raw", "--shrink", vm.folder / "direct", "4M")
-    vm.describe({"new": "", **{name: every[name] for name in ("raw", "qcow", "direct", "over", "fixed")}})
+    vm.describe({"new": "", **{name: every[name] for name in ("raw", "qcow", "direct", "over", "also")}})
     vm.begin()
     made = vm.judged("--full")
-    assert methods(made) == {**dict.fromkeys(("new", "raw", "qcow", "direct"), "rescan"), "over": "bitmap"}
+    assert methods(made) == {**dict.fromkeys(("new", "raw", "qcow", "direct", "also"), "rescan"), "over": "bitmap"}
     assert "a raw image keeps none" in made["raw"]["reason"]
     assert "is inconsistent: QEMU had not ended as it should" in made["qcow"]["reason"]
+    assert "a backing file of its image was changed" in made["also"]["reason"]
     for name, size in (("raw", 8 * MIB), ("qcow", 30 * MIB), ("raw", 6 * MIB + 512)):
         vm.judge.execute("block_resize", **{"node-name": f"disk-{name}", "size": size})
         assert set(methods(vm.judged("--full")).values()) == {"bitmap"}
