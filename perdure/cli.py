@@ -163,8 +163,8 @@ def _repository_verbs(verb: _Verb) -> None:
     export.add_argument("--sync", action="store_true", help="wait until FILE is on the disk")
     export.add_argument("--force", action="store_true", help="replace FILE if it exists")
     export.add_argument(
-        "--format", choices=("raw", "elf"), default="raw",
-        help="raw: sparse, the default; elf: a core for crash, gdb or Volatility, of a full generation",
+        "--format", choices=("raw", "qcow2", "elf"), default="raw",
+        help="raw: sparse, the default; qcow2: for QEMU; elf: a core of a full generation for crash, gdb, Volatility",
     )  # fmt: skip
     export.add_argument("--partial", action="store_true", help="of a hurt region what is left; zeros in the holes")
 

@@ -1,4 +1,4 @@
-"""`perdure export`: a region as a sparse raw file, or all memory of a full generation as an ELF core.
+"""`perdure export`: a region as a sparse raw file or a qcow2 image, or all memory of a full generation as an ELF core.
 
 A file appears under its name only when it is whole.
 """
@@ -37,21 +37,22 @@ def export(options: Namespace) -> None:
     ):
         if options.format == "elf":
             _export_core(reader, options, output)
+        elif options.format == "qcow2":
+            _export_qcow2(reader, options, output)
         else:
             _export_raw(reader, options, output)
 
 
 def _require_sense(options: Namespace) -> None:
     """Raises UsageError."""
-    if options.format == "raw" and options.region is None:
+    if options.format != "elf" and options.region is None:
         raise UsageError(f"which region of {options.point}? `perdure export {options.point} REGION {options.file}`")
     if options.file == "-" and options.json:
         raise UsageError("--json and an export to standard output exclude each other")
-    if options.format == "elf":
-        if options.region is not None:
-            raise UsageError("an ELF core has all memory: leave out REGION")
-        if options.file == "-" or options.partial:
-            raise UsageError("an ELF core is written to a file, of a generation that is whole")
+    if options.format == "elf" and options.region is not None:
+        raise UsageError("an ELF core has all memory: leave out REGION")
+    if options.format != "raw" and (options.file == "-" or options.partial):
+        raise UsageError(f"--format {options.format} is for a file, and for a generation that is whole")
 
 
 def _export_raw(reader: GenerationReader, options: Namespace, output: Output) -> None:
@@ -121,6 +122,29 @@ def _export_core(reader: GenerationReader, options: Namespace, output: Output) -
     }
     text = f"{generation.name}: {format_size(written)} of {format_size(made.size)} written"
     output.result(document, lambda: [f"{text} to {options.file}, an ELF core of all memory"])
+
+
+def _export_qcow2(reader: GenerationReader, options: Namespace, output: Output) -> None:
+    """A region as a sparse qcow2 image, made by qemu-img, which reads it from here."""
+    from restore.images import write_qcow2
+
+    generation, region = reader.generation, reader.region(options.region)
+    reader.require_whole(region)
+
+    def fill(descriptor: int) -> int:
+        return write_qcow2(reader, region, descriptor, options.file, output.progress())
+
+    written = _write(Path(options.file), options, fill)
+    document = {
+        **documents.point(generation),
+        "region": region.name,
+        "file": options.file,
+        "format": "qcow2",
+        "bytes": region.root.length,
+        "written_bytes": written,
+    }
+    text = f"{generation.name} {region.name}: {format_size(region.root.length)} as a qcow2 image of"
+    output.result(document, lambda: [f"{text} {format_size(written)} in {options.file}"])
 
 
 def _place(
