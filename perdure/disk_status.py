@@ -9,7 +9,7 @@ from capture.disks import token_of
 from perdure.execution import problem_of
 from perdure.machine import Machine
 from store.records import Generation
-from vm import bitmaps
+from vm import bitmaps, disks
 from vm.bitmaps import Followed
 from vm.config import Disk
 
@@ -19,13 +19,16 @@ _SECONDS = 1
 
 async def disk_status(machine: Machine) -> dict[str, Any]:
     """By name. `tracking` is null, and `problem` says why, where the next capture reads all of the disk; `dirty_bytes`,
-    what it reads otherwise, is QEMU's count. Raises nothing of QEMU's: it is asked, for a moment only."""
+    what it reads otherwise, is QEMU's count; `stuck` says why the guest waits for the disk. Raises nothing of QEMU's:
+    it is asked for a moment only."""
     try:
         followed = await bitmaps.look(machine.monitor, machine.disks, timeout_s=_SECONDS)
+        stuck = await disks.stuck(machine.monitor, timeout_s=_SECONDS)
     except VirtualMachineError:
-        followed = {}
+        followed, stuck = {}, {}
     return {
         disk.name: _status(disk, machine.disk_bases.get(disk.name), followed.get(disk.name))
+        | {"stuck": stuck.get(disk.name)}
         for disk in machine.description.disks
     }
 

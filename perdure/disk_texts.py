@@ -24,3 +24,5 @@ def followed_text(disk: Mapping[str, Any]) -> Iterator[str]:
     if disk["tracking"] is not None:
         what = f"{format_size(disk['dirty_bytes'])} written since {disk['since']} ({disk['tracking']})"
     yield f"             {captured}; {what}"
+    if disk.get("stuck"):
+        yield f"             THE GUEST WAITS: {disk['stuck']} (mended, the next `perdure snapshot` lets it go on)"

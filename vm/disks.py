@@ -47,6 +47,23 @@ def captured(vm: Description, *, full: bool = True) -> list[str]:
     return [disk.name for disk in vm.disks if not disk.readonly and (full or disk.capture)]
 
 
+async def stuck(monitor: Monitor, *, timeout_s: float) -> dict[str, str]:
+    """By disk, why QEMU could not do what the guest wanted of it, and so has stopped the guest. Goes on with `cont`.
+
+    Raises VirtualMachineError.
+    """
+    found: dict[str, str] = {}
+    if (await monitor.execute("query-status", timeout_s=timeout_s))["status"] != "io-error":
+        return found  # what QEMU says of a device is not always taken back when the guest goes on
+    for each in await monitor.execute("query-block", timeout_s=timeout_s):
+        device = str(each.get("qdev", "")).removesuffix("/virtio-backend").rpartition("/")[2]
+        status = each.get("io-status", "ok")
+        if device.startswith(device_of("")) and status != "ok":
+            why = "there is no room for what it writes" if status == "nospace" else "an input/output error"
+            found[device.removeprefix(device_of(""))] = why
+    return found
+
+
 def sync(vm: Description) -> None:
     """Blocking: write out what the host has cached of the disks, so that QEMU has little to flush when it stops.
 

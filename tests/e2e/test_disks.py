@@ -10,11 +10,12 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from supervised import MIB, NAME, Image, Supervised
-from test_survival import boot, reboot
+from test_survival import boot, content, reboot
 
 from perdure.opening import opened
 from store.reader import GenerationReader
@@ -242,3 +243,33 @@ def test_disks_come_and_go_and_change_their_size(vm: DiskVM) -> None:
     vm.judge.execute("block_resize", **{"node-name": "disk-raw", "size": 4 * MIB})
     vm.judge.execute("block_resize", **{"node-name": "disk-raw", "size": 8 * MIB})
     assert "was it made smaller?" in vm.judged()["raw"]["reason"]
+
+
+def test_a_guest_whose_image_has_no_room_waits_until_it_has(guest_image: Image, short_folder: Path) -> None:
+    small = short_folder / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", small], check=True)
+    try:
+        with (small / "disk").open("wb") as file:
+            file.truncate(16 * MIB)
+        settings = f'[[disk]]\nname = "one"\nfile = "{small}/disk"\n'
+        with contextlib.closing(Supervised(guest_image, settings=settings)) as vm:
+            boot(vm)
+            vm.guest.start(
+                f"with open('/dev/vda', 'r+b', 0) as disk: disk.write(content(1, {10 * MIB})); os.fsync(disk)"
+            )
+            vm.until(lambda: vm.judge.execute("query-status")["status"] == "io-error", "no room")
+            assert vm.status()["disks"][0]["stuck"] == "there is no room for what it writes"
+            for _ in range(2):  # captured as it is, and let go on, for the same again
+                vm.perdure("snapshot", NAME, "--full")
+                vm.until(lambda: vm.judge.execute("query-status")["status"] == "io-error", "no room again")
+            subprocess.run(["mount", "-o", "remount,size=32m", small], check=True)
+            vm.perdure("snapshot", NAME, "--full")
+            vm.until(lambda: (small / "disk").read_bytes()[: 10 * MIB] == content(1, 10 * MIB), "all is written")
+            assert vm.status()["disks"][0]["stuck"] is None
+            made = vm.perdure("snapshot", NAME, "--full")
+            assert made["disks"]["one"]["method"] == "bitmap"
+            vm.perdure("export", f"{NAME}@{made['generation']}", "disk:one", vm.folder / "out")
+            image("compare", "-U", "-f", "raw", "-F", "raw", small / "disk", vm.folder / "out")
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
