@@ -34,15 +34,18 @@ again when an answer is lost, and passes answers back by the request's id. Neith
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
 import mmap
 import os
+import re
 import selectors
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -69,6 +72,10 @@ _IN_FLIGHT_MAX = 16  # requests of one client
 _OUTPUT_MAX = 1 << 20  # bytes waiting for a client that does not read
 _RACES_MAX = 32
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
+_FITHAW = 0xC0045878
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFHWADDR = 0x8913, 0x8914, 0x8924
+RESUME_HOOK = "/etc/perdure/resumed"
+"""Run when the guest has gone on from an earlier instant."""
 
 
 class PersistenceError(Exception):
@@ -566,7 +573,7 @@ class Agent:
     """Passes requests from the clients of `listener` to the host's port and answers back, and greets the host.
 
     `open_port` gives a descriptor of the port, or raises OSError while there is none; `prepare` gets the host's list of
-    regions once the host was greeted; `renew` gets random bytes and the time when the guest has gone on from an earlier
+    regions once the host was greeted; `renew` is told when the guest has gone on from an earlier
     instant. Only after the greeting are requests of clients passed on, so that a program that has an answer also finds
     the devices. `step` does what can be done now; `run` does so for ever.
     """
@@ -577,7 +584,7 @@ class Agent:
         open_port: Callable[[], int],
         prepare: Callable[[list[Region]], None],
         clock: Callable[[], float] = time.monotonic,
-        renew: Callable[[bytes, float], None] | None = None,
+        renew: Callable[[Resumption], None] | None = None,
     ) -> None:
         self._listener, self._open_port, self._prepare, self._clock = listener, open_port, prepare, clock
         self._renew = renew
@@ -731,15 +738,14 @@ class Agent:
     def _on_resumed(self, event: dict[str, Any]) -> None:
         """All of the guest went on from an earlier instant, if the event has a seed and the time."""
         try:
-            seed, now = bytes.fromhex(event["seed"]), float(event["time"])
+            pairs = [(str(old), str(new)) for old, new in event.get("addresses", [])]
+            found = Resumption(
+                bytes.fromhex(event["seed"]), float(event["time"]), event.get("generation"), event.get("vm"), pairs
+            )
         except (KeyError, TypeError, ValueError):
             return
-        if self._renew is None:
-            return
-        try:
-            self._renew(seed, now)
-        except (OSError, ValueError, OverflowError) as error:
-            say(f"resumed, but not renewed: {error}")
+        if self._renew is not None:
+            self._renew(found)
 
     def _on_greeting(self, reply: dict[str, Any]) -> None:
         """A page of the host's regions; after the last one the devices are made usable, and clients are served."""
@@ -844,7 +850,102 @@ def _peer(connection: socket.socket) -> str:
         return f"pid {pid}"
 
 
-def renew(seed: bytes, now: float) -> None:
+class Resumption(NamedTuple):
+    """What the host says when all of the guest goes on from an earlier instant: random bytes, the time (seconds since
+    1970), the number of the generation, the name of the VM now, and (old, new) addresses of network cards."""
+
+    seed: bytes
+    time: float
+    generation: Any
+    vm: Any
+    addresses: list[tuple[str, str]]
+
+
+def renew(resumption: Resumption) -> None:
+    """Make unique what the memory of another life has, and run the user's hook; each step whatever the others do."""
+    steps: list[Callable[[], None]] = [
+        lambda: reseed(resumption.seed, resumption.time),
+        thaw,
+        *(lambda old=old, new=new: set_address(old, new) for old, new in resumption.addresses),
+        lambda: run_hook(resumption),
+    ]
+    for step in steps:
+        try:
+            step()
+        except (OSError, ValueError, OverflowError) as error:
+            say(f"resumed, but: {error}")
+
+
+def thaw(mounts: str = "/proc/self/mountinfo") -> None:
+    """Let file systems go on that were frozen at the instant. Source: ioctl_fs(2) FITHAW; proc_pid_mountinfo(5)."""
+    for line in _read(mounts).splitlines():
+        before, _, after = line.partition(" - ")
+        if not after.split()[1:2] or not after.split()[1].startswith("/dev/"):
+            continue  # of no disk: and one that hangs must not hang us
+        path = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), before.split()[4])
+        with contextlib.suppress(OSError):  # it was not frozen, or cannot be
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(descriptor, _FITHAW, 0)
+                say(f"resumed: {path} was frozen, and goes on")
+            finally:
+                os.close(descriptor)
+
+
+def set_address(old: str, new: str) -> None:
+    """Give a network card that has the address `old` (`52:54:00:12:34:56`) another one, as its device has it.
+
+    Its driver has the old one in memory. Raises OSError. Source: netdevice(7).
+    """
+    for path in glob.glob("/sys/class/net/*/address"):
+        name = path.split("/")[-2]
+        if _read(path).lower() != old:
+            continue
+        bare = name.encode()
+        wanted = struct.pack("16sH6s8x", bare, 1, bytes.fromhex(new.replace(":", "")))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            try:
+                fcntl.ioctl(control, _SIOCSIFHWADDR, wanted)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                flags = struct.unpack("16sH14x", fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("32s", bare)))[1]
+                fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", bare, flags & ~1))
+                try:
+                    fcntl.ioctl(control, _SIOCSIFHWADDR, wanted)
+                finally:
+                    fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", bare, flags))
+        say(f"resumed: {name} has the address {new}")
+        return
+    say(f"resumed: there is no network card with the address {old}, which is {new} now")
+
+
+def run_hook(resumption: Resumption) -> None:
+    """Start the user's program, if there is one: keys and tokens of applications are its to renew. Raises OSError."""
+    if not os.access(RESUME_HOOK, os.X_OK):
+        return
+    environment = {
+        **os.environ,
+        "PERDURE_VM": str(resumption.vm or ""),
+        "PERDURE_GENERATION": str(resumption.generation or ""),
+        "PERDURE_ADDRESSES": " ".join(f"{old}={new}" for old, new in resumption.addresses),
+    }
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, 2, 1)]
+        pid = os.posix_spawn(RESUME_HOOK, [RESUME_HOOK], environment, file_actions=actions)
+    finally:
+        os.close(null)
+    threading.Thread(target=_await_hook, args=(pid,), daemon=True).start()
+
+
+def _await_hook(pid: int) -> None:
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        say(f"{RESUME_HOOK} ended with {code}")
+
+
+def reseed(seed: bytes, now: float) -> None:
     """Make the kernel's random numbers others than those of this memory's other lives, and set the clock.
 
     Raises OSError. Source: random(4), Linux, include/uapi/linux/random.h.

@@ -274,8 +274,9 @@ def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, p
 
 def _vm_verbs(verb: _Verb) -> None:
     run = verb("run", "vm_commands:run", "launch a VM, or take over a running one, and supervise it")
-    run.add_argument("file", metavar="VM.toml")
+    run.add_argument("file", metavar="VM.toml", nargs="?", help="a copy (--as) can do without")
     run.add_argument("--from", dest="point", metavar="VM@N", help="go on from this generation, not the latest")
+    run.add_argument("--as", dest="clone", metavar="NEWVM", help="as another VM: a copy, with an identity of its own")
     run.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory: no resume")
     run.add_argument("--lazy", action="store_true", help="resume at once: memory is restored when it is touched")
     run.add_argument("--discard", action="store_true", help="drop memory that an ended QEMU left, uncaptured")

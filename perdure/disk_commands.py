@@ -90,7 +90,12 @@ def _of(vm: str) -> dict[str, Any]:
 def text(found: list[dict[str, Any]], left: list[dict[str, Any]]) -> list[str]:
     """Lines of a table; images that are left over follow."""
     rows = [
-        (each["disk"], state_text(each), each["path"], each["first_path"] if each["path"] != each["first_path"] else "")
+        (
+            each["disk"],
+            state_text(each),
+            each["path"],
+            "" if each["path"] == each["first_path"] else each["first_path"] or "-",
+        )
         for each in found
     ]
     lines = table(("DISK", "STATE", "PATH", "FIRST PATH"), rows)

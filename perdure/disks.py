@@ -40,9 +40,9 @@ _FOLDER = "perdure-overlays"
 class Disks:
     """Disks of one VM. `state` is its durable folder on this host."""
 
-    def __init__(self, described: Description, folder: RuntimeFolder, state: Path) -> None:
-        """Raises StorageError."""
-        self._described, self._folder, self._place = described, folder, state
+    def __init__(self, described: Description, folder: RuntimeFolder, state: Path, *, clone: bool = False) -> None:
+        """`clone`: the files that the description names are another VM's. Raises StorageError."""
+        self._described, self._folder, self._place, self._clone = described, folder, state, clone
         self._disk = Disk()
         self._lock = RLock()
         self._repository: Repository | None = None
@@ -51,7 +51,7 @@ class Disks:
 
     @property
     def description(self) -> Description:
-        """The VM as described, with the files that its disks are now."""
+        """The VM as described, with the files that its disks are now. Raises ConflictError for a clone without."""
         with self._lock:
             return msgspec.structs.replace(
                 self._described, disks=tuple(self._as_it_is(each) for each in self._described.disks)
@@ -85,7 +85,7 @@ class Disks:
                 filled = "" if overlay.filled else ", which is being filled"
                 yield f"disk {disk.name} is {overlay.path} since it went back to {overlay.point}{filled}"
                 with suppress(StorageError):
-                    if First.of(disk.file) != first:
+                    if not self._clone and First.of(disk.file) != first:
                         yield (
                             f"warning: {disk.file} was changed since disk {disk.name} left it, and is not used "
                             f"(`perdure disks {self._described.name} --reset {disk.name}` goes back to it)"
@@ -161,7 +161,8 @@ class Disks:
             for name, each in self._used().items():
                 if not each.overlay.begun:
                     with suppress(StorageError):
-                        state = state.left_first(name, First.of(Path(each.first.path)))
+                        if not self._clone:
+                            state = state.left_first(name, First.of(Path(each.first.path)))
                     state = state.changed(name, begun=True)
             if state is not self._state:
                 self._write(state)
@@ -259,7 +260,8 @@ class Disks:
     def facts(self) -> list[dict[str, Any]]:
         """Each disk of the description as `perdure disks` shows it."""
         with self._lock:
-            return [fact(each, self._used().get(each.name)) for each in self._described.disks]
+            found = [fact(each, self._used().get(each.name)) for each in self._described.disks]
+            return [each | {"first_path": None} if self._clone and not each["readonly"] else each for each in found]
 
     def _used(self) -> dict[str, Current]:
         """Images that are disks of the VM as it is described now."""
@@ -269,6 +271,9 @@ class Disks:
     def _as_it_is(self, disk: DescribedDisk) -> DescribedDisk:
         current = self._used().get(disk.name)
         if current is None:
+            if self._clone and not disk.readonly:
+                vm = self._described.name
+                raise ConflictError(f"disk {disk.name} of {vm}, a clone, has no image here: --from a full generation")
             return disk
         return msgspec.structs.replace(disk, file=Path(current.overlay.path), format="qcow2")
 
@@ -310,7 +315,7 @@ class Disks:
         for name in names:
             folder = self._folder_of(described[name])
             disks[name] = Current(
-                first=self._state.disks[name].first if name in self._used() else First.of(described[name].file),
+                first=self._state.disks[name].first if name in self._used() else self._first(described[name]),
                 overlay=Overlay(
                     path=str(folder / f"{self._described.name}-{name}-{token}.qcow2"),
                     size=generation.regions[f"{DISK_PREFIX}{name}"].root.length,
@@ -322,6 +327,11 @@ class Disks:
                 ),
             )
         return Pending(token=token, disks=disks, drop=drop)
+
+    def _first(self, disk: DescribedDisk) -> First:
+        if self._clone:
+            return First(path=str(disk.file), size=0, modified_ns=0)
+        return First.of(disk.file)
 
     def _folder_of(self, disk: DescribedDisk) -> Path:
         folder = self._described.overlays

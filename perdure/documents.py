@@ -126,6 +126,8 @@ def generation_text(generation: Generation) -> Iterator[str]:
 
 def _fact_text(key: str, value: Any) -> Iterator[str]:
     """One fact of the VM's, whatever its shape: a line, or one for each part of it."""
+    if key == "description":  # for copies of the VM
+        return
     if key == "tags":  # of memory, not the words that a generation is tagged with
         for tag in value:
             place = f"{format_size(tag['size'])} at {tag['device']}+{tag['offset']:#x}"

@@ -19,12 +19,12 @@ from vm.config import DISK_PREFIX
 from vm.memory import Memory
 
 
-def again(repository: Repository, generation: Generation, more: Mapping[str, Any] | None = None) -> Generation:
+def again(repository: Repository, vm: str, generation: Generation, more: Mapping[str, Any] | None = None) -> Generation:
     """A generation that equals an older one and follows it: history goes on from there. `more` metadata than it has.
 
-    Disks go back with a full one only. Raises StorageError.
+    Of another VM it is the first one, of a clone. Raises StorageError.
     """
-    with repository.writer(generation.vm, generation) as writer:
+    with repository.writer(vm, generation) as writer:
         for region in generation.regions.values():
             if region.kind == "disk" and not generation.full:
                 continue
@@ -35,7 +35,8 @@ def again(repository: Repository, generation: Generation, more: Mapping[str, Any
                 chunk_size=region.root.chunk_size,
                 kept_bytes=region.kept_bytes,
             )
-        return writer.commit("rollback", metadata={**generation.metadata, **(more or {})})
+        cause = "rollback" if vm == generation.vm else "clone"
+        return writer.commit(cause, metadata={**generation.metadata, **(more or {})})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,9 @@ def of_several(repository: Repository, mixed: Mixed, more: Mapping[str, Any] | N
         return writer.commit("rollback", metadata={**memory.metadata, "disks": known, **(more or {})})
 
 
-def kept_of(repository: Repository, generation: Generation, cause: str) -> Generation:
+def kept_of(repository: Repository, vm: str, generation: Generation, cause: str) -> Generation:
     """A generation that follows a full one and has what of it survives a boot. Raises StorageError."""
-    with repository.writer(generation.vm, generation) as writer:
+    with repository.writer(vm, generation) as writer:
         for region in generation.regions.values():
             kept = _kept(generation, region.name)
             if kept is not None:

@@ -51,6 +51,7 @@ from vm.folder import RuntimeFolder
 from vm.identity import Identity
 from vm.memory import BackingFile, Memory
 from vm.monitor import Monitor
+from vm.networks import with_new_addresses
 from vm.qemu import Qemu
 from vm.regions import Device, RegionTable
 
@@ -114,16 +115,21 @@ class Prepared:
 
 
 class Launcher:
-    """Starts one VM. `state` is its durable folder on this host."""
+    """Starts one VM. `state` is its durable folder on this host. `clone`: a copy of another VM's generation, with
+    addresses and an identity of its own, whose disks are never the files that the description names."""
 
-    def __init__(self, description: Description, folder: RuntimeFolder, state: Path) -> None:
-        self.description, self.folder = description, folder
+    def __init__(self, description: Description, folder: RuntimeFolder, state: Path, *, clone: bool = False) -> None:
+        self._uuid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"perdure:{state}"))
+        if clone:
+            extra = with_new_addresses(description.extra, self._uuid)[0]
+            description = msgspec.structs.replace(description, extra=tuple(extra))
+        self.description, self.folder, self.clone = description, folder, clone
         self._state = state
         self._disk = Disk()
         self.standby: Standby | None = None
         """A page server for the next lazy restore; without one, that has to start it first."""
         self.measurements = measure(description)
-        self.disks = Disks(description, folder, state)
+        self.disks = Disks(description, folder, state, clone=clone)
 
     def close(self) -> None:
         """Let go of what was made ready and not used."""
@@ -219,9 +225,11 @@ class Launcher:
         if resumed is not None:
             problems += resuming.version_warning(resumed, platform)
             platform = resuming.fitting(self.description, platform, resumed)
+            if self.clone:
+                platform = replace(platform, uuid=self._uuid)
             files = {name: BackingFile(name, self.folder.path, 0) for name in self.description.backing_sizes}
             argv = command_line(self.description, platform, self.folder, files)
-            resuming.require_same_devices(resumed, devices_of(argv))
+            resuming.require_same_devices(resumed, devices_of(argv), copied=self.clone)
             resuming.require_same_disks(resumed, self.description)
         return platform, reason, problems
 
@@ -251,17 +259,20 @@ class Launcher:
         return prepared
 
     def _head(self, repository: Repository, prepared: Prepared, drop_disks: bool) -> Prepared:
-        latest = repository.latest(self.description.name)
-        if prepared.parent is None or latest is None:
+        name = self.description.name
+        latest = repository.latest(name)
+        if prepared.parent is None:
             return prepared
+        foreign = prepared.parent.vm != name
         with_disks = prepared.devices is not None and resuming.disks_of(prepared.parent)
         if with_disks and not self.disks.pristine(prepared.parent):
             with self.disks.going_back(repository, prepared.parent, drop=drop_disks) as token:
-                return replace(prepared, parent=heads.again(repository, prepared.parent, {TOKEN: token}))
-        older = latest.id != prepared.parent.id
+                return replace(prepared, parent=heads.again(repository, name, prepared.parent, {TOKEN: token}))
+        older = latest is None or latest.id != prepared.parent.id
         if prepared.parent.full and prepared.devices is None:
-            return replace(prepared, parent=heads.kept_of(repository, prepared.parent, "rollback" if older else "boot"))
-        return replace(prepared, parent=heads.again(repository, prepared.parent)) if older else prepared
+            cause = "clone" if foreign else "rollback" if older else "boot"
+            return replace(prepared, parent=heads.kept_of(repository, name, prepared.parent, cause))
+        return replace(prepared, parent=heads.again(repository, name, prepared.parent)) if older else prepared
 
     async def launch(self, prepared: Prepared, elsewhere: Elsewhere) -> Machine:
         """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin, or go on.
@@ -438,6 +449,7 @@ class Launcher:
         self.note_parent(prepared.parent)
         return Machine(
             description=self.disks.description,
+            described=self.description,
             platform=prepared.platform,
             qemu=qemu,
             monitor=monitor,
@@ -497,7 +509,7 @@ class Launcher:
             cpu=description.cpu or chosen.cpu,
             firmware=firm,
             variables=firmware.variables(description.name, firm, self._state, self._disk),
-            uuid=str(uuid.uuid5(uuid.NAMESPACE_URL, f"perdure:{self._state}")),
+            uuid=self._uuid,
             generation_id=machine.startswith("pc-") and processes.has_device(description.name, binary, "vmgenid"),
         )
         return platform, chosen.reason

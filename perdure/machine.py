@@ -32,8 +32,10 @@ from vm.command_line import Platform, devices_of
 from vm.config import DISK_PREFIX, RAM, Description
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
+from vm.networks import changed
 from vm.protocol import Committed
 from vm.qemu import Qemu, journal_end, trim_journal, trim_log
+from vm.recorded import encode
 from vm.regions import RegionTable
 
 _QUIT_SECONDS = 10
@@ -42,11 +44,15 @@ _CONSOLE_BYTES_MAX = 16 << 20
 
 @dataclass(slots=True)
 class Machine:
-    """A VM that runs, or is held. `parent`: the generation that its memory descends from; `bases`: by region, the one
-    that its tracker is relative to; `restored`: number of the one that this process was launched with, and `resumed`
-    whether it goes on from that one's instant; `full_problems`: why there can be no full generation."""
+    """A VM that runs, or is held.
+
+    `described`: as its user did, not with the files that its disks are now; `parent`: the generation that its memory
+    descends from; `bases`: by region, the one that its tracker is relative to; `restored`: number of the one that this
+    process was launched with, and `resumed` whether it goes on from that one's instant; `full_problems`: why there can
+    be no full generation."""
 
     description: Description
+    described: Description
     platform: Platform
     qemu: Qemu
     monitor: Monitor
@@ -82,7 +88,9 @@ class Machine:
         """Serve the guest from now on."""
         self.channel = GuestChannel(self.description.name, self.qemu.folder.agent, handler, say)
         if self.restored is not None:
-            self.channel.resumed(self.restored, renew=self.resumed)
+            then = self.parent.metadata.get("devices", ()) if self.parent is not None and self.resumed else ()
+            addresses = changed(then, devices_of(self.qemu.record.argv))
+            self.channel.resumed(self.restored, renew=self.resumed, addresses=addresses)
         made = self.parent.metadata.get("checkpoint") if self.parent is not None else None
         if self.parent is not None and made is not None:  # whose reply an earlier supervisor may not have sent
             self.channel.remember(made["request"], Committed(self.parent.number, self.parent.id))
@@ -209,7 +217,8 @@ class Machine:
     def _of_full(self) -> dict[str, Any]:
         """What only full generations record: `addresses` are [region, guest-physical address, size, offset]."""
         spans = [[each.region, each.address, each.size, each.offset] for each in self.addresses.spans]
-        return {"devices": devices_of(self.qemu.record.argv), "addresses": spans}
+        devices = devices_of(self.qemu.record.argv)
+        return {"devices": devices, "addresses": spans, "description": encode(self.described)}
 
     def committed(self, done: Captured) -> None:
         """A generation was made of this VM: it is what the next one follows."""

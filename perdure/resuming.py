@@ -16,6 +16,7 @@ from base.errors import ConflictError
 from store.records import Generation
 from vm.command_line import Platform
 from vm.config import DISK_PREFIX, Description
+from vm.networks import without_addresses
 
 _BOOT_HINT = "--boot boots the VM with the generation's persistent memory instead"
 
@@ -67,9 +68,12 @@ def fitting(description: Description, now: Platform, generation: Generation) -> 
     )
 
 
-def require_same_devices(generation: Generation, devices: Sequence[str]) -> None:
-    """Raises ConflictError that names the devices that a generation has and the VM now lacks, and the other way."""
+def require_same_devices(generation: Generation, devices: Sequence[str], *, copied: bool = False) -> None:
+    """Raises ConflictError that names the devices that a generation has and the VM now lacks, and the other way.
+    Network addresses do not count for a copy."""
     then = [str(each) for each in generation.metadata.get("devices", ())]
+    if copied:
+        then, devices = without_addresses(then), without_addresses(devices)
     problems = [f"it lacks {each}" for each in then if each not in devices]
     problems += [f"it has {each}, which the generation lacks" for each in devices if each not in then]
     if not problems and then != list(devices):

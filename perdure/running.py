@@ -16,6 +16,7 @@ from pathlib import Path
 from base.errors import RepositoryMissingError, UsageError
 from base.progress import Progress
 from perdure import places
+from perdure.cloning import described_copy, require_free
 from perdure.launcher import Launcher
 from perdure.opening import opened
 from perdure.output import Output
@@ -30,33 +31,38 @@ from vm.folder import RuntimeFolder
 
 def run_vm(options: Namespace, output: Output) -> int:
     """Launch or take over, supervise to the end; gives the exit code."""
-    description = load(Path(options.file))
     if options.point and options.without_restore:
         raise UsageError("--from and --without-restore exclude each other")
     if options.boot and options.without_restore:
         raise UsageError("--boot and --without-restore exclude each other")
+    if options.clone and options.without_restore:
+        raise UsageError("--as and --without-restore exclude each other")
+    if options.file is None and not options.clone:
+        raise UsageError("name a VM.toml; only a copy of a VM (--from VM@N --as NEWVM) can do without")
+    description = None if options.file is None else load(Path(options.file))
     path = _repository(options.repository, description)
-    folder = RuntimeFolder(description.name, places.vm_runtime(description.name))
-    launcher = Launcher(description, folder, places.vm_state(description.name))
-    folder.check()
-    ended = _run(options, output, launcher, path)
+    ended, vm = _run(options, output, description, path)
     output.result(
-        {"vm": description.name, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
-        lambda: [f"{description.name}: {ended.reason}"],
+        {"vm": vm, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
+        lambda: [f"{vm}: {ended.reason}"],
     )
     return 130 if ended.interrupted else 1 if ended.failed else 0
 
 
-def _run(options: Namespace, output: Output, launcher: Launcher, path: Path) -> Ended:
+def _run(options: Namespace, output: Output, description: Description | None, path: Path) -> tuple[Ended, str]:
     """Events of the VM, one line each, go to standard output, which with --json belongs to the document.
 
     All processes are forked before there is a speaker, and its last words wait for a reader when nothing else does.
     """
     stream = sys.stderr if output.json else sys.stdout
-    if options.lazy:  # before there are threads, and an open LMDB
-        launcher.standby = Standby.fork()
+    standby = Standby.fork() if options.lazy else None  # before there are threads, and an open LMDB
+    launcher = None if options.clone or description is None else _launcher(description)
     with ExitStack() as last, opened(path, workers=True, progress=output.progress()) as repository:
-        last.callback(launcher.close)
+        if launcher is None:
+            launcher = _launcher(described_copy(options, repository, description), clone=True)
+        found = launcher
+        found.standby = standby
+        last.callback(found.close)
         speaker = last.enter_context(Speaker(stream.fileno(), output.progress()))
         say = _nothing if output.quiet else speaker.say
 
@@ -67,15 +73,22 @@ def _run(options: Namespace, output: Output, launcher: Launcher, path: Path) -> 
                     f"packs/{damaged[0].pack_id} {damaged[0].problem}: captures read everything "
                     "until `perdure repair` has run"
                 )
-            return _to_restore(options, launcher, repository, say, runs, progress)
+            return _to_restore(options, found, repository, say, runs, progress)
 
         boot = True if options.boot else False if options.point else None
 
         async def supervise() -> Ended:
-            supervisor = Supervisor(launcher, repository, say, speaker.progress)
+            supervisor = Supervisor(found, repository, say, speaker.progress)
             return await supervisor.run(begin, boot=boot, lazy=options.lazy)
 
-        return asyncio.run(supervise())
+        return asyncio.run(supervise()), found.description.name
+
+
+def _launcher(description: Description, *, clone: bool = False) -> Launcher:
+    folder = RuntimeFolder(description.name, places.vm_runtime(description.name))
+    launcher = Launcher(description, folder, places.vm_state(description.name), clone=clone)
+    folder.check()
+    return launcher
 
 
 def _nothing(_: str) -> None:
@@ -109,7 +122,9 @@ def _to_restore(
         return None
     if options.point:
         generation = repository.resolve(options.point)
-        if generation.vm != name:
+        if options.clone:
+            require_free(repository, generation, name)
+        elif generation.vm != name:
             raise UsageError(
                 f"{options.point} is a generation of VM {generation.vm}, and {options.file} describes {name}"
             )
@@ -117,12 +132,13 @@ def _to_restore(
     return repository.latest(name)
 
 
-def _repository(given: str | None, description: Description) -> Path:
+def _repository(given: str | None, description: Description | None) -> Path:
     """-r, then the description, then PERDURE_REPOSITORY."""
-    path = given or description.repository or os.environ.get("PERDURE_REPOSITORY")
+    named = None if description is None else description.repository
+    path = given or named or os.environ.get("PERDURE_REPOSITORY")
     if not path:
+        vm = "the copy" if description is None else f"VM {description.name}"
         raise RepositoryMissingError(
-            f"no repository was named for VM {description.name}: use -r, `repository` in its description, "
-            "or PERDURE_REPOSITORY"
+            f"no repository was named for {vm}: use -r, `repository` in its description, or PERDURE_REPOSITORY"
         )
     return Path(path).absolute()

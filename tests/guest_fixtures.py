@@ -80,9 +80,7 @@ class Rig:
         self.listener = guest.listen(str(path))
         self.now, self.ports, self.prepared = 100.0, [], []
         self.renewed = []
-        self.agent = guest.Agent(
-            self.listener, self._open, self.prepared.append, lambda: self.now, lambda *given: self.renewed.append(given)
-        )
+        self.agent = guest.Agent(self.listener, self._open, self.prepared.append, lambda: self.now, self.renewed.append)
         self.regions = Regions.of("vm", [Device("pm0", 1 << 32, 64 * MIB)])
         self.clients = []
 

@@ -164,7 +164,9 @@ class GuestChannel:
         self._suppressed = 0
         self._malformed = 0
         self._writer: asyncio.StreamWriter | None = None
-        self._event: tuple[int, bool] | None = None  # what a guest is told as soon as there is a connection
+        self._event: tuple[int, bool, Sequence[tuple[str, str]]] | None = (
+            None  # what a guest is told as soon as there is a connection
+        )
         self._answers: OrderedDict[int, bytes | None] = OrderedDict()  # of checkpoints; None while pending
         self._checkpoints: set[asyncio.Task[None]] = set()
 
@@ -193,12 +195,13 @@ class GuestChannel:
                 task.cancel()
             await asyncio.gather(*self._checkpoints, return_exceptions=True)
 
-    def resumed(self, generation: int, *, renew: bool = False) -> None:
+    def resumed(self, generation: int, *, renew: bool = False, addresses: Sequence[tuple[str, str]] = ()) -> None:
         """Tell the guest that it goes on from a generation: now, or as soon as there is a connection.
 
-        `renew`: from the very instant, so that its clock is late and its random numbers would come once more.
+        `renew`: from the very instant, so that its clock is late and its random numbers would come once more. Its
+        network cards are to have new `addresses` in the place of old ones.
         """
-        self._event = (generation, renew)
+        self._event = (generation, renew, addresses)
         self._send_event()
 
     def remember(self, request: int, committed: Committed) -> None:
@@ -319,9 +322,10 @@ class GuestChannel:
 
     def _send_event(self) -> None:
         if self._event is not None and self.connected:
-            (generation, renew), self._event = self._event, None
+            (generation, renew, addresses), self._event = self._event, None
             if renew:
-                self._send(protocol.encode_resumed(generation, os.urandom(protocol.SEED_BYTES), time.time()))
+                seed = os.urandom(protocol.SEED_BYTES)
+                self._send(protocol.encode_resumed(generation, seed, time.time(), self.vm, addresses))
             else:
                 self._send(protocol.encode_resumed(generation))
 

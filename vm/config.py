@@ -45,6 +45,11 @@ _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _OURS = ("daemonize", "S", "incoming", "action", "no-reboot", "no-shutdown", "m", "mem-path", "smp", "accel", "uuid")
 
 
+def is_vm_name(text: str) -> bool:
+    """Whether a VM may be called so."""
+    return _VM_NAME.fullmatch(text) is not None
+
+
 class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[[region]]`: an NVDIMM, persistent memory for the guest."""
 

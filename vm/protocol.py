@@ -18,6 +18,7 @@ Host to guest, exactly one reply to each request, and events:
     {"v":1,"event":"resumed","generation":N}           its persistent memory is that generation's
     {"v":1,"event":"resumed","generation":N,"seed":"hex","time":T}     so are all memory and devices: it must take
                                                        new random numbers, and the time (seconds since 1970)
+              ..."vm":"name","addresses":[["old","new"],...]}   and what the VM and its network cards are called now
 
 A listing that does not fit one line is cut: `next` is then the address to ask `from`. What is not a request at
 all is answered with id 0. Empty lines mean nothing: each side sends one when it starts, so that half a line left
@@ -228,9 +229,17 @@ def encode_refused(request: int, kind: Kind, problem: str) -> bytes:
     return _ENCODER.encode({"v": VERSION, "id": request, "ok": False, "error": text, "kind": kind}) + b"\n"
 
 
-def encode_resumed(generation: int, seed: bytes = b"", now: float | None = None) -> bytes:
-    """The event that tells a guest it goes on from a generation; with both, from its very instant."""
-    renewal = {} if now is None else {"seed": seed.hex(), "time": now}
+def encode_resumed(
+    generation: int,
+    seed: bytes = b"",
+    now: float | None = None,
+    vm: str = "",
+    addresses: Sequence[tuple[str, str]] = (),
+) -> bytes:
+    """The event that tells a guest it goes on from a generation; with a time, from its very instant."""
+    renewal: dict[str, Any] = {}
+    if now is not None:
+        renewal = {"seed": seed.hex(), "time": now, "vm": vm, "addresses": addresses}
     return _ENCODER.encode({"v": VERSION, "event": "resumed", "generation": generation, **renewal}) + b"\n"
 
 

@@ -116,9 +116,10 @@ def test_a_guest_that_went_on_from_an_instant_gets_random_bytes_and_the_time(rig
     host = rig.greeted()
     host.connection.sendall(protocol.encode_resumed(4))  # its persistent memory only
     host.connection.sendall(b'{"v":1,"event":"resumed","generation":5,"seed":"no hex","time":1}\n')
-    host.connection.sendall(protocol.encode_resumed(6, bytes(range(64)), 1.5e9))
+    host.connection.sendall(b'{"v":1,"event":"resumed","generation":5,"seed":"00","time":1,"addresses":[7]}\n')
+    host.connection.sendall(protocol.encode_resumed(6, bytes(range(64)), 1.5e9, "copy", [("old", "new")]))
     rig.until(lambda: rig.renewed)
-    assert rig.renewed == [(bytes(range(64)), 1.5e9)]
+    assert rig.renewed == [(bytes(range(64)), 1.5e9, 6, "copy", [("old", "new")])]
 
 
 def test_garbage_from_the_host_stops_nothing(rig):
