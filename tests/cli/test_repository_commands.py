@@ -30,6 +30,7 @@ def test_import_log_show_diff_export_check(shell):
             "seconds",
             "forgotten",
             "full",
+            "disks",
         ),
     }
     assert (made["vm"], made["generation"], made["region_bytes"], made["pause_ms"]) == ("web", 1, len(data), None)
