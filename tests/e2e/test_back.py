@@ -187,6 +187,7 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
         vm.guest.run(ORDINARY + ON_DISK.replace("[0], []", f"[{highest(vm, '/dev/vda')}], []"))
         writes_on(vm)
         let_fill(vm)
+        vm.until(lambda: disk_walked(vm) > then + 2 * DISK_BLOCKS, "the guest is further than it was in the generation")
         vm.guest.run("finish()")
         steps, booted = disk_walked(vm), vm.guest.boot_id
         mixed = vm.perdure("rollback", point, "--disk", "two", "--force")
