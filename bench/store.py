@@ -75,7 +75,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float | None
     if options.generations:
         words = ["bench.prune", "--mib", options.mib, "--generations", options.generations, "--dirty", options.dirty]
         found = other(*words, "--folder", folder)
-        result["restore_after_100_generations"] = found["kept_vs_fresh"]
+        result["restore_after_100_generations"] = found["kept_restore_vs_fresh"]
     if options.entries:
         found = other("bench.index", options.entries, "--directory", folder)
         result |= {key: found[key] for key in ("index_us_per_lookup", "index_bytes_per_entry")}
