@@ -158,11 +158,13 @@ class Machine:
     def scrub(self) -> int:
         """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something.
 
-        The holes that this makes in main memory are not seen by its tracker.
+        The holes that this makes are not seen by trackers: of what is scrubbed, only full generations have anything.
         """
-        if RAM in self.tracking.trackers:
-            self.journal.begin_collect([RAM])
-            self.tracking.trackers[RAM].forget()
+        unseen = [name for name in self.tracking.trackers if name == RAM or self._base_is_full(name)]
+        if unseen:
+            self.journal.begin_collect(unseen)
+        for name in unseen:
+            self.tracking.trackers[name].forget()
         total = 0
         for name, file in self.memory.files.items():
             what = ranges.normalise([(0, file.size)]) if name == RAM else self.table.scrubbable(name)
@@ -172,6 +174,9 @@ class Machine:
             finally:
                 os.close(descriptor)
         return total
+
+    def _base_is_full(self, region: str) -> bool:
+        return region in self.bases and self.bases[region].full
 
     def captured_regions(self, *, full: bool = False) -> list[CapturedRegion]:
         """The regions as they are to be captured now. Raises StorageError, VirtualMachineError.

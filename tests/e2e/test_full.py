@@ -171,6 +171,23 @@ def test_an_elf_core_of_a_full_generation_is_as_the_one_that_qemu_dumps(vm: Supe
     assert "which region" in vm.refused("export", point, ours, code=2)
 
 
+def test_what_a_reboot_without_a_capture_scrubs_is_not_in_the_next_full_generation(guest_image: Image) -> None:
+    """Holes in an untagged part of persistent memory are no writes: no tracker sees them."""
+    with contextlib.closing(Supervised(guest_image)) as vm:
+        described = (vm.folder / "VM.toml").read_text()
+        (vm.folder / "VM.toml").write_text(described.replace("[policy]\n", "[policy]\ncapture_on_reboot = false\n"))
+        boot(vm)
+        vm.guest.run(ORDINARY)
+        write(vm, "kept", 11)
+        gone = write(vm, "given back", 12)
+        vm.guest.run(f"perdure_guest.unmark_persistent({gone.address}, {gone.size})")
+        judged(vm)
+        vm.guest.run("finish()")
+        reboot(vm)
+        vm.guest.run(ORDINARY)
+        judged(vm)
+
+
 @whatever_tracker
 def test_a_killed_supervisor_costs_no_page_of_a_full_generation_and_leaves_nothing_in_qemu(vm: Supervised) -> None:
     write(vm, "kept", 3)
