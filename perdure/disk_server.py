@@ -29,7 +29,7 @@ from restore.nbd_server import serve
 from store.keys import Keys
 from store.repository import Repository
 from store.storage import LocalStorage
-from vm.identity import Identity
+from vm.identity import Identity, ended
 
 _START_SECONDS = 60
 _IDLE_SECONDS = 600
@@ -72,7 +72,7 @@ class DiskServer:
     @property
     def alive(self) -> bool:
         """Whether it has not ended."""
-        return not _ended(self._pidfd, 0)
+        return not ended(self._pidfd, 0)
 
     def held(self) -> dict[str, str]:
         """Why readers are held just now, by disk: what could not be read of the repository."""
@@ -83,10 +83,10 @@ class DiskServer:
         """End it, and let go of it; what is connected to it waits for another."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
-        if not _ended(self._pidfd, 5):
+        if not ended(self._pidfd, 5):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            _ended(self._pidfd, 5)
+            ended(self._pidfd, 5)
         self.close()
         for path in (self.path, _record(self.path)):
             with contextlib.suppress(OSError):
@@ -108,18 +108,8 @@ def find(path: Path) -> DiskServer | None:
     record = _read(path)
     if record is None:
         return None
-    try:
-        pidfd = os.pidfd_open(record.pid)
-    except ProcessLookupError:
-        return None
-    try:
-        same = Identity.of(record.pid) == Identity(record.pid, record.start_ticks, record.boot)
-    except OSError:
-        same = False
-    if not same or _ended(pidfd, 0):
-        os.close(pidfd)
-        return None
-    return DiskServer(path, pidfd, None)
+    pidfd = Identity(record.pid, record.start_ticks, record.boot).open()
+    return None if pidfd is None else DiskServer(path, pidfd, None)
 
 
 def start(vm: str, repository: Repository, path: Path, exports: dict[str, Export]) -> DiskServer:
@@ -169,7 +159,7 @@ def _answers(server: DiskServer) -> bool:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
                 probe.connect(str(server.path))
                 return True
-        if _ended(server._pidfd, 0.01):
+        if ended(server._pidfd, 0.01):
             return False
     return False
 
@@ -268,12 +258,6 @@ def _read(path: Path) -> _Record | None:
         return msgspec.json.decode(_record(path).read_bytes(), type=_Record)
     except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
-
-
-def _ended(pidfd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
 
 
 def main() -> int:

@@ -1,30 +1,52 @@
-"""Forgetting by the policy that stands in the repository, after a capture. Blocking; the repository's thread."""
+"""Forgetting by rules: by command, and after a capture. Blocking; the repository's thread."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
 from base.errors import ConflictError
+from store import needs
 from store.records import Generation
 from store.repository import Repository
-from store.retention.rules import plan
+from store.retention.policy import Policy
+from store.retention.rules import Verdict, plan
 
 
-def forget_by_policy(repository: Repository, vm: str) -> list[Generation]:
-    """Forget what no rule keeps of a VM, oldest first, and give what was forgotten: nothing where no rules are set.
+def planned(repository: Repository, vm: str, policy: Policy) -> list[Verdict]:
+    """What the rules say, and who needs a generation whatever they say."""
+    needed = needs.of(repository.leases)
+    return [
+        Verdict(each.generation, (*each.reasons, "needed") if each.generation.sequence in needed else each.reasons)
+        for each in plan(repository.generations(vm), policy, datetime.now(UTC))
+    ]
 
-    One that somebody protects meanwhile stays. Raises ConflictError for a policy that a newer Perdure has made, and
-    what appending records raises.
+
+def carried_out(repository: Repository, verdicts: list[Verdict]) -> list[Verdict]:
+    """Forget, oldest first; gives what became of each. One that somebody protects meanwhile stays.
+
+    Where there is only one, that raises ConflictError. Raises what appending records raises.
     """
-    policy = repository.policy(vm, whole=True)
-    if policy is None or not policy.has_rules:
-        return []
-    forgotten = []
-    for each in reversed(plan(repository.generations(vm), policy, datetime.now(UTC))):
+    done = []
+    for each in reversed(verdicts):
         if not each.reasons:
             try:
                 repository.forget(each.generation)
             except ConflictError:
-                continue
-            forgotten.append(each.generation)
-    return forgotten
+                if len(verdicts) == 1:
+                    raise
+                each = Verdict(each.generation, ("protected",))
+        done.append(each)
+    return done[::-1]
+
+
+def forget_by_policy(repository: Repository, vm: str) -> list[Generation]:
+    """Forget what no rule of the repository keeps of a VM, and give what was forgotten, oldest first: nothing where no
+    rules are set.
+
+    Raises ConflictError for a policy that a newer Perdure has made, and what `carried_out` raises.
+    """
+    policy = repository.policy(vm, whole=True)
+    if policy is None or not policy.has_rules:
+        return []
+    verdicts = carried_out(repository, planned(repository, vm, policy))
+    return [each.generation for each in reversed(verdicts) if not each.reasons]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 from base.errors import ConflictError, UsageError
 from perdure import documents
+from perdure.forgetting import carried_out, planned
 from perdure.opening import opened, repository_path, with_room
 from perdure.output import Output, moment, table
-from store import needs
 from store.records import Generation
 from store.repository import Repository
 from store.retention.policy import Policy, parse_span
-from store.retention.rules import Verdict, plan
+from store.retention.rules import Verdict
 
 
 def forget(options: Namespace) -> None:
@@ -35,10 +34,10 @@ def _forget(options: Namespace) -> None:
             verdicts = [_forget_one(repository.resolve(options.what))]
         else:
             verdicts = [
-                each for vm, policy in _chosen(repository, options, given) for each in _plan(repository, vm, policy)
+                each for vm, policy in _chosen(repository, options, given) for each in planned(repository, vm, policy)
             ]
         if not options.dry_run:
-            verdicts = _carried_out(repository, verdicts)
+            verdicts = carried_out(repository, verdicts)
     document = {
         "dry_run": options.dry_run,
         "kept": [
@@ -108,30 +107,6 @@ def _chosen(repository: Repository, options: Namespace, given: Policy) -> Iterat
             f"or name one generation to forget"
         )
     yield options.what, policy
-
-
-def _plan(repository: Repository, vm: str, policy: Policy) -> list[Verdict]:
-    """What the rules say, and who needs a generation whatever they say."""
-    needed = needs.of(repository.leases)
-    return [
-        Verdict(each.generation, (*each.reasons, "needed") if each.generation.sequence in needed else each.reasons)
-        for each in plan(repository.generations(vm), policy, datetime.now(UTC))
-    ]
-
-
-def _carried_out(repository: Repository, verdicts: list[Verdict]) -> list[Verdict]:
-    """Forget, oldest first; gives what became of each. One that somebody protects meanwhile stays."""
-    done = []
-    for each in reversed(verdicts):
-        if not each.reasons:
-            try:
-                repository.forget(each.generation)
-            except ConflictError:
-                if len(verdicts) == 1:
-                    raise
-                each = Verdict(each.generation, ("protected",))
-        done.append(each)
-    return done[::-1]
 
 
 def _forget_one(generation: Generation) -> Verdict:

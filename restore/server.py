@@ -80,12 +80,9 @@ def _attached(pipe: Connection, server: PageServer) -> int:
         qemu = Identity(*pipe.recv())
     except (EOFError, ConnectionError):
         return 0
-    try:
-        process = os.pidfd_open(qemu.pid)
-        if Identity.of(qemu.pid) != qemu:
-            raise ProcessLookupError
-    except OSError as error:
-        raise VirtualMachineError(f"QEMU (pid {qemu.pid}) has ended") from error
+    process = qemu.open()
+    if process is None:
+        raise VirtualMachineError(f"QEMU (pid {qemu.pid}) has ended")
     with Userfaultfd.of(qemu.pid, injection.inject_here) as descriptor:
         server.attach(descriptor)
         server.prefetch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,3 +24,25 @@ class Identity:
         fields = stat[stat.rindex(b")") + 2 :].split()  # the name before may hold anything; starttime is field 22
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(pid, int(fields[19]), boot)
+
+    def open(self) -> int | None:
+        """A pidfd of this process, the caller's to close; None if it has ended. Source: pidfd_open(2)."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        try:
+            same = Identity.of(self.pid) == self
+        except OSError:
+            same = False
+        if same and not ended(pidfd, 0):
+            return pidfd
+        os.close(pidfd)
+        return None
+
+
+def ended(pidfd: int, timeout_s: float) -> bool:
+    """Wait for the end of a process; whether that has come."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))

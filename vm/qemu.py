@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from base import extents
 from base.disk import Disk, replace_file
 from base.errors import ConflictError, StorageError, VirtualMachineError
 from vm.folder import RuntimeFolder
-from vm.identity import Identity
+from vm.identity import Identity, ended
 
 _NEGOTIATE = b'{"execute": "qmp_capabilities"}\n'
 _LAST_LINES = 3
@@ -90,18 +89,8 @@ class Qemu:
         record = _read_record(folder) or _unrecorded(folder)
         if record is None:
             return None
-        try:
-            pidfd = os.pidfd_open(record.pid)
-        except ProcessLookupError:
-            return None
-        try:
-            same = Identity.of(record.pid) == record.identity
-        except OSError:
-            same = False
-        if not same or _ended(pidfd, 0):
-            os.close(pidfd)
-            return None
-        return cls(folder, record, pidfd)
+        pidfd = record.identity.open()
+        return None if pidfd is None else cls(folder, record, pidfd)
 
     @property
     def vm(self) -> str:
@@ -120,11 +109,11 @@ class Qemu:
 
     def alive(self) -> bool:
         """Whether it has not ended."""
-        return not _ended(self._pidfd, 0)
+        return not ended(self._pidfd, 0)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for its end, and reap it if it is our child; False if it still runs."""
-        if not _ended(self._pidfd, timeout_s):
+        if not ended(self._pidfd, timeout_s):
             return False
         if self._child is not None:
             self._child.wait()
@@ -329,12 +318,6 @@ def _unrecorded(folder: RuntimeFolder) -> Record | None:
         except OSError:
             continue
     return None
-
-
-def _ended(pidfd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
 
 
 def _ask(vm: str, binary: Path, *arguments: str) -> str:

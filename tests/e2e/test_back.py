@@ -22,6 +22,7 @@ from test_full import (
     DISK_BLOCKS,
     ON_DISK,
     ORDINARY,
+    TWO_DISKS,
     boot_or_resume,
     disk_walked,
     goes_on,
@@ -33,17 +34,6 @@ from test_full import (
 from test_survival import boot
 
 pytestmark = pytest.mark.qemu
-
-SETTINGS = """
-[[disk]]
-name = "one"
-file = "one"
-[[disk]]
-name = "two"
-file = "two"
-format = "qcow2"
-cache = "none"
-"""
 
 
 @contextlib.contextmanager
@@ -119,7 +109,7 @@ def stored(vm: Supervised, number: int, disk: str) -> str:
 
 
 def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
-    with contextlib.closing(Supervised(guest_image, settings=SETTINGS)) as vm, reported(vm):
+    with contextlib.closing(Supervised(guest_image, settings=TWO_DISKS)) as vm, reported(vm):
         described(vm)
         boot(vm)
         vm.guest.run(ORDINARY + ON_DISK)

@@ -16,20 +16,12 @@ import pytest
 from supervised import NAME, SECONDS, GuestShell, Image, Judge, Run, Supervised
 from supervised import judge as judge_program
 from test_back import reported
-from test_full import DISK_BLOCKS, ON_DISK, ORDINARY, image
+from test_full import DISK_BLOCKS, ON_DISK, ORDINARY, TWO_DISKS, image
 from test_survival import boot
 
 pytestmark = pytest.mark.qemu
 
-SETTINGS = """
-[[disk]]
-name = "one"
-file = "one"
-[[disk]]
-name = "two"
-file = "two"
-format = "qcow2"
-"""
+SETTINGS = TWO_DISKS.replace('cache = "none"\n', "")
 UNIQUE = """
 import fcntl, subprocess
 busybox = "/bin/busybox"

@@ -23,6 +23,16 @@ from test_survival import FIRMWARE, TRACKERS, Lender, boot, content, only, reboo
 pytestmark = pytest.mark.qemu
 
 PAGES = 512
+TWO_DISKS = """
+[[disk]]
+name = "one"
+file = "one"
+[[disk]]
+name = "two"
+file = "two"
+format = "qcow2"
+cache = "none"
+"""
 ORDINARY = f"""
 import time
 ordinary = mmap.mmap(-1, {PAGES * PAGE})
@@ -380,17 +390,7 @@ def judged_with_disks(vm: Supervised) -> Any:
 
 def test_disks_are_captured_at_the_same_instant_and_gone_back_to(guest_image: Image) -> None:
     """Raw and qcow2, while the guest writes on; the one with the host's cache, the other without."""
-    settings = """
-[[disk]]
-name = "one"
-file = "one"
-[[disk]]
-name = "two"
-file = "two"
-format = "qcow2"
-cache = "none"
-"""
-    with contextlib.closing(Supervised(guest_image, settings=settings)) as vm:
+    with contextlib.closing(Supervised(guest_image, settings=TWO_DISKS)) as vm:
         image("create", "-f", "raw", vm.folder / "one", "16M")
         image("create", "-f", "qcow2", vm.folder / "two", "24M")
         boot(vm)
