@@ -112,3 +112,24 @@ def test_whoever_gives_up_in_the_middle_leaves_no_worker_that_writes_on(stored, 
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+def test_a_place_that_holds_another_chunk_is_noticed_by_its_id(stored, empty, monkeypatch):
+    """As an index would lead to that is wrong: what is wanted is looked up once more, and never taken for it."""
+    repository, generation, _ = stored
+    locate, misled = repository.nodes.locate, []
+
+    def mislead(ids):
+        found = locate(ids).copy()
+        together = found["frame"][1:] == found["frame"][:-1]
+        if together.any():
+            at = int(together.argmax())
+            found["slot"][[at, at + 1]] = found["slot"][[at + 1, at]]
+            misled.append(at)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repository.nodes, "locate", mislead)
+        restored(repository, generation, empty)
+    assert misled
+    assert os.pread(empty, PAGES * PAGE, 0) == image(1, PAGES)
