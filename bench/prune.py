@@ -25,12 +25,12 @@ from bench import images
 from bench.footprint import peak_mib
 from store.chunker import PackingSettings
 from store.creation import create
-from store.format_keys import Argon2Parameters
-from store.key_files import read_key_files
+from store.keyring.files import read_key_files
+from store.keyring.layout import Argon2Parameters
+from store.keyring.slots import new_keyring, unlock
 from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
-from store.slots import new_keyring, unlock
 from store.upkeep.prune import prune
 from store.upkeep.prune_plan import PruneSettings
 from store.workers import serve

@@ -19,9 +19,9 @@ from base.allocation import keep_freed_memory
 from bench import images
 from store.chunker import PackingSettings
 from store.creation import create
+from store.keyring.slots import KeyFile, new_keyring
 from store.reader import GenerationReader
 from store.repository import Repository
-from store.slots import KeyFile, new_keyring
 
 _FRAMES_KIB = (16, 64, 128, 256)
 _LEVELS = (3, 1, -1, -3)

@@ -39,10 +39,10 @@ _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 """numpy starts threads for linear algebra, 50 ms of them, unless it is told not to; nobody here needs any."""
 _UNLOCK_EARLY = frozenset(
     (
-        *(f"repository_commands:{name}" for name in ("import_", "log", "show", "diff")),
-        *(f"retention_commands:{name}" for name in ("forget", "protect", "unprotect")),
-        "export_commands:export",
-        "prune_commands:prune_",
+        *(f"repository:{name}" for name in ("import_", "log", "show", "diff")),
+        *(f"retention:{name}" for name in ("forget", "protect", "unprotect")),
+        "export:export",
+        "prune:prune_",
     )
 )
 """Commands that always unlock, and soon."""
@@ -85,7 +85,7 @@ def _command(options: argparse.Namespace) -> Callable[[argparse.Namespace], int 
     os.environ.setdefault(_BLAS_THREADS, "1")
     try:
         command: Callable[[argparse.Namespace], int | None]
-        command = getattr(importlib.import_module(f"perdure.{module}"), name)
+        command = getattr(importlib.import_module(f"perdure.commands.{module}"), name)
     finally:
         if chosen is None:  # what the command starts, a hook for one, is to find its own environment
             os.environ.pop(_BLAS_THREADS)
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _repository_verbs(verb: _Verb) -> None:
-    init = verb("init", "repository_commands:init", "make a repository")
+    init = verb("init", "repository:init", "make a repository")
     init.add_argument(
         "--compression-level",
         type=int,
@@ -146,7 +146,7 @@ def _repository_verbs(verb: _Verb) -> None:
         help="KiB that are compressed together: smaller files, or less work for a single page (default 128)",
     )  # fmt: skip
 
-    load = verb("import", "repository_commands:import_", "make a generation from raw image files")
+    load = verb("import", "repository:import_", "make a generation from raw image files")
     load.add_argument("vm", metavar="VM")
     load.add_argument("regions", metavar="REGION=FILE", nargs="+")
     load.add_argument("--parent", metavar="VM@N", help="the generation that this one follows")
@@ -156,7 +156,7 @@ def _repository_verbs(verb: _Verb) -> None:
     )  # fmt: skip
     load.add_argument("--tag", metavar="T", action="append", default=[])
 
-    export = verb("export", "export_commands:export", "write a region of a generation, or all its memory, to a file")
+    export = verb("export", "export:export", "write a region of a generation, or all its memory, to a file")
     export.add_argument("point", metavar="VM@N")
     export.add_argument("region", metavar="REGION", nargs="?", help="not for an ELF core, which has all memory")
     export.add_argument("file", metavar="FILE", help="- for standard output")
@@ -168,15 +168,15 @@ def _repository_verbs(verb: _Verb) -> None:
     )  # fmt: skip
     export.add_argument("--partial", action="store_true", help="of a hurt region what is left; zeros in the holes")
 
-    log = verb("log", "repository_commands:log", "history of a VM, or of all")
+    log = verb("log", "repository:log", "history of a VM, or of all")
     log.add_argument("vm", metavar="VM", nargs="?")
     log.add_argument("--graph", action="store_true", help="newest first, with lines to what each came out of")
-    show = verb("show", "repository_commands:show", "one generation in full")
+    show = verb("show", "repository:show", "one generation in full")
     show.add_argument("point", metavar="VM@N")
-    diff = verb("diff", "repository_commands:diff", "changed ranges and bytes by region")
+    diff = verb("diff", "repository:diff", "changed ranges and bytes by region")
     diff.add_argument("a", metavar="VM@A")
     diff.add_argument("b", metavar="VM@B")
-    check = verb("check", "check_commands:check", "verify the repository; changes nothing")
+    check = verb("check", "check:check", "verify the repository; changes nothing")
     check.add_argument("--read-data", action="store_true", help="read, open and hash everything that is stored")
     check.add_argument(
         "--read-data-subset", metavar="n/t|P%",
@@ -188,7 +188,7 @@ def _repository_verbs(verb: _Verb) -> None:
 
 
 def _repair_verb(verb: _Verb) -> None:
-    repair = verb("repair", "check_commands:repair_", "make whole what can be, and mark generations that are hurt")
+    repair = verb("repair", "check:repair_", "make whole what can be, and mark generations that are hurt")
     repair.add_argument("--dry-run", action="store_true", help="only say what would be done")
     repair.add_argument(
         "--from", dest="source", metavar="OTHER",
@@ -197,17 +197,15 @@ def _repair_verb(verb: _Verb) -> None:
 
 
 def _retention_verbs(verb: _Verb) -> None:
-    forget = verb("forget", "retention_commands:forget", "forget generations that no rule keeps")
+    forget = verb("forget", "retention:forget", "forget generations that no rule keeps")
     forget.add_argument("what", metavar="VM|VM@N", nargs="?", help="a VM to apply rules to, or one generation")
     forget.add_argument("--all", action="store_true", help="apply the repository's policies to all VMs")
     _keep_options(forget)
     forget.add_argument("--dry-run", action="store_true", help="only say what would be forgotten")
-    verb("protect", "retention_commands:protect", "keep a generation whatever the rules say").add_argument(
+    verb("protect", "retention:protect", "keep a generation whatever the rules say").add_argument(
         "point", metavar="VM@N"
     )
-    verb("unprotect", "retention_commands:unprotect", "end the protection of a generation").add_argument(
-        "point", metavar="VM@N"
-    )
+    verb("unprotect", "retention:unprotect", "end the protection of a generation").add_argument("point", metavar="VM@N")
 
 
 def _keep_options(verb: argparse.ArgumentParser) -> None:
@@ -222,7 +220,7 @@ def _policy_verbs(policies: argparse.ArgumentParser, common: argparse.ArgumentPa
 
     def verb(name: str, command: str, text: str) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text, parents=[common])
-        made.set_defaults(command=f"policy_commands:{command}")
+        made.set_defaults(command=f"policy:{command}")
         made.add_argument("vm", metavar="VM", nargs="?", help="else all VMs that have no policy of their own")
         return made
 
@@ -234,7 +232,7 @@ def _policy_verbs(policies: argparse.ArgumentParser, common: argparse.ArgumentPa
 
 
 def _prune_verb(verb: _Verb) -> None:
-    prune = verb("prune", "prune_commands:prune_", "remove what no generation needs; captures go on meanwhile")
+    prune = verb("prune", "prune:prune_", "remove what no generation needs; captures go on meanwhile")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be done")
     prune.add_argument(
         "--max-unused", metavar="PERCENT",
@@ -250,7 +248,7 @@ def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, p
 
     def verb(name: str, command: str, text: str, parent: argparse.ArgumentParser = common) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text, parents=[parent])
-        made.set_defaults(command=f"key_commands:{command}")
+        made.set_defaults(command=f"keys:{command}")
         return made
 
     verb("list", "list_", "list key slots; needs no passphrase")
@@ -273,7 +271,7 @@ def _key_verbs(keys: argparse.ArgumentParser, common: argparse.ArgumentParser, p
 
 
 def _vm_verbs(verb: _Verb) -> None:
-    run = verb("run", "vm_commands:run", "launch a VM, or take over a running one, and supervise it")
+    run = verb("run", "vm:run", "launch a VM, or take over a running one, and supervise it")
     run.add_argument("file", metavar="VM.toml", nargs="?", help="a copy (--as) can do without")
     run.add_argument("--from", dest="point", metavar="VM@N", help="go on from this generation, not the latest")
     run.add_argument("--as", dest="clone", metavar="NEWVM", help="as another VM: a copy, with an identity of its own")
@@ -281,23 +279,21 @@ def _vm_verbs(verb: _Verb) -> None:
     run.add_argument("--lazy", action="store_true", help="resume at once: memory is restored when it is touched")
     run.add_argument("--discard", action="store_true", help="drop memory that an ended QEMU left, uncaptured")
     run.add_argument("--without-restore", action="store_true", help="start with empty persistent memory")
-    status = verb("status", "vm_commands:status", "running VMs, or one in full")
+    status = verb("status", "vm:status", "running VMs, or one in full")
     status.add_argument("vm", metavar="VM", nargs="?")
-    disks = verb("disks", "disk_commands:disks", "where the disks of a VM are")
+    disks = verb("disks", "disks:disks", "where the disks of a VM are")
     disks.add_argument("vm", metavar="VM")
     disks.add_argument("--reset", metavar="DISK", help="of a stopped VM: back to the file that VM.toml names")
     disks.add_argument("--clean", action="store_true", help="of a stopped VM: remove images that are left over")
-    stop = verb("stop", "vm_commands:stop", "end a VM")
+    stop = verb("stop", "vm:stop", "end a VM")
     stop.add_argument("vm", metavar="VM")
     stop.add_argument("--capture", action="store_true", help="make a generation first")
-    verb("reboot", "vm_commands:reboot", "reboot a VM, keeping its persistent memory").add_argument("vm", metavar="VM")
-    snapshot = verb("snapshot", "vm_commands:snapshot", "make a generation of a running VM")
+    verb("reboot", "vm:reboot", "reboot a VM, keeping its persistent memory").add_argument("vm", metavar="VM")
+    snapshot = verb("snapshot", "vm:snapshot", "make a generation of a running VM")
     snapshot.add_argument("vm", metavar="VM")
     snapshot.add_argument("--tag", metavar="T", action="append", default=[])
     snapshot.add_argument("--full", action="store_true", help="all memory and the state of the devices, at one instant")
-    rollback = verb(
-        "rollback", "vm_commands:rollback", "resume a full generation, or boot with the persistent memory of one"
-    )
+    rollback = verb("rollback", "vm:rollback", "resume a full generation, or boot with the persistent memory of one")
     rollback.add_argument("point", metavar="VM@N")
     rollback.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory")
     rollback.add_argument("--lazy", action="store_true", help="resume at once: memory is restored when it is touched")
@@ -312,7 +308,7 @@ def _vm_verbs(verb: _Verb) -> None:
 
 def _regions_verbs(regions: argparse.ArgumentParser) -> None:
     """`regions VM`, `regions mark VM ADDRESS SIZE`, `regions unmark VM ADDRESS SIZE`: told apart by count."""
-    regions.set_defaults(command="vm_commands:regions")
+    regions.set_defaults(command="vm:regions")
     regions.usage = (
         "perdure regions [options] VM\n"
         "       perdure regions [options] mark VM ADDRESS SIZE [--name NAME]\n"

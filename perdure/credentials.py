@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from base.errors import UsageError, WrongPassphraseError
-from store.slots import Credential, KeyFile
+from store.keyring.slots import Credential, KeyFile
 
 _KEY_FILE = "PERDURE_KEY_FILE"
 _PASSWORD, _NEW_PASSWORD = "PERDURE_PASSWORD", "PERDURE_NEW_PASSWORD"

@@ -8,7 +8,7 @@ from typing import Any
 from base.units import format_size
 from capture.disks import reads_of
 from capture.pause import Limits, Stopped
-from perdure.disk_texts import reads_text
+from perdure.disks.texts import reads_text
 from perdure.output import moment
 from store.records import Generation
 

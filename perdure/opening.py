@@ -19,10 +19,10 @@ from perdure import places, unlocking
 from perdure.credentials import credential, stands_somewhere
 from store.creation import read_mark
 from store.index.environment import LOCK_WAIT_S
-from store.key_files import read_key_files
-from store.keys import Keys
+from store.keyring.files import read_key_files
+from store.keyring.keys import Keys
+from store.keyring.slots import Credential, unlock
 from store.repository import Repository
-from store.slots import Credential, unlock
 from store.upkeep import reserve
 from store.workers import serve
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perdure.credentials import credential, stands_somewhere
-from store.format_keys import KEY_BYTES, SLOT_ID_BYTES
-from store.key_files import read_key_files
-from store.keys import Keys
-from store.slots import Credential, unlock
+from store.keyring.files import read_key_files
+from store.keyring.keys import Keys
+from store.keyring.layout import KEY_BYTES, SLOT_ID_BYTES
+from store.keyring.slots import Credential, unlock
 
 _WIDTH = SLOT_ID_BYTES + KEY_BYTES
 

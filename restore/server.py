@@ -30,7 +30,7 @@ from restore import claims as record
 from restore.claims import Claims
 from restore.pages import PageServer
 from restore.working_set import WorkingSet
-from store.keys import Keys
+from store.keyring.keys import Keys
 from store.repository import Repository
 from store.storage import LocalStorage
 from vm import injection

@@ -12,7 +12,7 @@ from base.errors import (
 )
 from store import format as layout
 from store.chunker import PackingSettings
-from store.keys import Keys
+from store.keyring.keys import Keys
 from store.records import (
     GenesisBody,
     encode_record,

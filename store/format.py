@@ -1,7 +1,7 @@
 """The on-disk format of packs, frames, records and the repository's mark: magics, layouts, pure encoders and decoders.
 
-All integers are little-endian. Sealed parts are nonce (12), ciphertext, tag (16): see store.keys. The format of
-key slots and keyrings stands in store.format_keys. docs/FORMAT.md carries these tables; a test compares them.
+All integers are little-endian. Sealed parts are nonce (12), ciphertext, tag (16): see store.keyring.keys. The format of
+key slots and keyrings stands in store.keyring.layout. docs/FORMAT.md carries these tables; a test compares them.
 
 REPOSITORY  file `config`
     offset size  field
@@ -70,7 +70,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from base.errors import FormatVersionError, IntegrityError
-from store.format_keys import SIGNATURE_BYTES, VERSION
+from store.keyring.layout import SIGNATURE_BYTES, VERSION
 
 ID_BYTES = 32
 ZERO_ID = bytes(ID_BYTES)

@@ -16,7 +16,7 @@ import msgspec
 from base.disk import Disk, replace_file
 from base.errors import IntegrityError, StorageError
 from store import format as layout
-from store.format_keys import keyring_name
+from store.keyring.layout import keyring_name
 
 
 class _Seen(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ from base.errors import PerdureError, WorkerError
 from base.extents import Extents
 from base.workers import WorkerPool, receive_descriptor
 from store.chunker import Chunker, ChunkKeys, PackingSettings
-from store.keys import DataKeys
+from store.keyring.keys import DataKeys
 from store.packs import WrittenPack, delete_packs
 from store.storage import Storage
 

@@ -34,12 +34,13 @@ from base.progress import Progress, silent
 from store import format as layout
 from store import needs
 from store.catalog import DATABASES, INDEX_FOLDER, Catalog, DamagedPack
-from store.format_keys import keyring_name
 from store.history import History
 from store.index.chunks import Index
 from store.index.environment import Environment, IndexLostError
-from store.key_files import read_key_files
-from store.keys import Keys
+from store.keyring.files import read_key_files
+from store.keyring.keys import Keys
+from store.keyring.layout import keyring_name
+from store.keyring.slots import require_descent
 from store.packs import WrittenPack, read_pack
 from store.records import (
     AttributesBody,
@@ -65,7 +66,6 @@ from store.records import (
 from store.replay import Replay
 from store.retention.policy import Policy, encode_policy
 from store.retention.quotas import Admission, OvertakenError, Standing
-from store.slots import require_descent
 from store.storage import LocalStorage, ObjectMissingError
 from store.writer import RegionDraft
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from base.errors import IntegrityError, StorageError
 from store import format as layout
-from store.format_keys import SEAL_OVERHEAD
 from store.index.runs import LOCATION
-from store.keys import Sealer
+from store.keyring.keys import Sealer
+from store.keyring.layout import SEAL_OVERHEAD
 from store.storage import WRITTEN_WRONG, PendingObject, Storage
 
 _WRITE_BUFFER = 1 << 20
@@ -36,7 +36,7 @@ OpenedFrame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
 class SealingKeys(Protocol):
-    """What packs need of the keys; `store.keys.Keys` and what a worker has both fit."""
+    """What packs need of the keys; `store.keyring.keys.Keys` and what a worker has both fit."""
 
     @property
     def current_epoch(self) -> int:

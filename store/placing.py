@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from base.errors import IntegrityError, PerdureError, StorageError, WorkerError
 from base.workers import WorkerPool, receive_descriptor
-from store.keys import DataKeys
+from store.keyring.keys import DataKeys
 from store.packs import FrameReader, PackEntry
 from store.storage import Storage
 

@@ -15,8 +15,8 @@ import msgspec
 
 from base.errors import IntegrityError, StorageError
 from store import format as layout
-from store.format_keys import MAX_LEVEL, SIGNATURE_BYTES
-from store.keys import Keys
+from store.keyring.keys import Keys
+from store.keyring.layout import MAX_LEVEL, SIGNATURE_BYTES
 from store.pagemap import Root
 
 

@@ -16,7 +16,7 @@ from store import salvage
 from store.catalog import Catalog, DamagedPack
 from store.history import History
 from store.index.chunks import Additions
-from store.keys import Keys
+from store.keyring.keys import Keys
 from store.records import GenerationBody, SwapBody, decode_record, epoch_of
 from store.storage import Storage
 

@@ -34,7 +34,7 @@ from store.catalog import DamagedPack
 from store.chunker import PackingSettings
 from store.creation import read_mark
 from store.index.environment import LOCK_WAIT_S
-from store.keys import Keys
+from store.keyring.keys import Keys
 from store.lanes import WorkerLanes
 from store.leases import Lease
 from store.ledger import Ledger

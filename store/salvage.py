@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from base.errors import FormatVersionError, IntegrityError
 from store import format as layout
 from store.chunker import chunk_ids
-from store.format_keys import MAX_LEVEL, SEAL_OVERHEAD
-from store.keys import DataKeys, Sealer
+from store.keyring.keys import DataKeys, Sealer
+from store.keyring.layout import MAX_LEVEL, SEAL_OVERHEAD
 from store.packs import PackEntry, PackInfo, open_frame, read_pack
 from store.storage import ObjectMissingError, Storage
 

@@ -38,14 +38,16 @@ from base.errors import (
 from base.units import parse_size
 from capture.journal import Journal
 from guest import perdure_guest
-from perdure.repository_commands import _read_ranges
+from perdure.commands.repository import _read_ranges
 from store import format as layout
-from store import format_keys, leases, pagemap, records, salvage, slots
+from store import leases, pagemap, records, salvage
 from store.chunker import PackingSettings
 from store.history import History
 from store.index import examination, parts
-from store.key_files import read_key_files
-from store.keys import Keys
+from store.keyring import layout as format_keys
+from store.keyring import slots
+from store.keyring.files import read_key_files
+from store.keyring.keys import Keys
 from store.packs import open_frame
 from store.retention.policy import decode_policy, format_span, parse_span
 from store.storage import LocalStorage

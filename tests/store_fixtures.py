@@ -9,10 +9,10 @@ from pathlib import Path
 
 from store.chunker import PackingSettings
 from store.creation import create
-from store.format_keys import Argon2Parameters
-from store.key_files import read_key_files
+from store.keyring.files import read_key_files
+from store.keyring.layout import Argon2Parameters
+from store.keyring.slots import new_keyring, unlock
 from store.repository import Repository
-from store.slots import new_keyring, unlock
 
 PASSPHRASE = b"correct horse battery staple"
 SETTINGS = PackingSettings(pack_bytes=1 << 20)

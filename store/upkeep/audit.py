@@ -22,12 +22,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from base.errors import FormatVersionError, IntegrityError, UsageError
 from base.progress import Progress, silent
 from store import format as layout
-from store import format_keys, slots
-from store.format_keys import SIGNATURE_BYTES, KeyringHeader
 from store.history import History
-from store.key_files import key_files
-from store.keychain import left_over, recognise
-from store.keys import Keys, signer_of
+from store.keyring import layout as format_keys
+from store.keyring import slots
+from store.keyring.files import key_files
+from store.keyring.keychain import left_over, recognise
+from store.keyring.keys import Keys, signer_of
+from store.keyring.layout import SIGNATURE_BYTES, KeyringHeader
 from store.records import replaced_keys, unknown_epoch
 from store.storage import Storage
 from store.upkeep.findings import Finding

@@ -20,13 +20,13 @@ from base.workers import usable_cores
 from store import format as layout
 from store import leases
 from store.catalog import DamagedPack
-from store.format_keys import slot_name
 from store.index.environment import IndexLostError
 from store.index.parts import DamagedValueError
-from store.key_files import read_key_files
+from store.keyring.files import read_key_files
+from store.keyring.layout import slot_name
+from store.keyring.slots import list_slots
 from store.records import Generation, GenerationBody, Record, decode_record, generation_of
 from store.salvage import Examined, Problem, examine
-from store.slots import list_slots
 from store.storage import ObjectMissingError
 from store.upkeep.comparison import Comparison, misplaced
 from store.upkeep.findings import Finding, Hurt, Report

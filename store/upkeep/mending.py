@@ -18,10 +18,10 @@ from blake3 import blake3
 from base.errors import FormatVersionError, IntegrityError
 from base.progress import Progress, silent
 from store import format as layout
-from store import slots
-from store.format_keys import keyring_name, slot_name
-from store.key_files import key_files
-from store.keys import Keys
+from store.keyring import slots
+from store.keyring.files import key_files
+from store.keyring.keys import Keys
+from store.keyring.layout import keyring_name, slot_name
 from store.records import decode_record
 from store.storage import LocalStorage, ObjectMissingError, Storage
 

@@ -12,9 +12,9 @@ from base import locks
 from base.units import format_size
 from store.chunker import PackingSettings
 from store.index.chunks import LOCATION
-from store.key_files import read_key_files
+from store.keyring.files import read_key_files
+from store.keyring.slots import unlock
 from store.repository import Repository
-from store.slots import unlock
 
 PAGE = 4096
 FRAME = PackingSettings().frame_bytes  # of all that is in these tests, in a pack of its own

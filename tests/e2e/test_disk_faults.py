@@ -27,8 +27,8 @@ from base.errors import StorageError, VirtualMachineError
 from capture.disks import reads_of
 from capture.generation import Captured, capture
 from capture.journal import Journal
-from perdure.execution import DiskInstant, Execution, settle_bitmaps
-from perdure.machine import Machine
+from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
+from perdure.supervision.machine import Machine
 from store.repository import Repository
 from vm import disks, hold, migration
 from vm.config import Disk
@@ -131,7 +131,7 @@ class Rig:
         self.qemu = self.place.launch(self.description, self.place.memory)
 
     async def supervise(self) -> None:
-        """As perdure.launcher and perdure.supervisor take a VM over."""
+        """As perdure.supervision.launcher and perdure.supervision.supervisor take a VM over."""
         self.monitor = await MortalMonitor.connect(self.qemu)  # type: ignore[assignment]
         await migration.clean_up(self.monitor)
         await disks.release(self.monitor, self.qemu.folder)

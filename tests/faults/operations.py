@@ -22,11 +22,11 @@ from base.disk import Disk
 from store import format as layout
 from store.chunker import PackingSettings
 from store.creation import create, read_mark
-from store.key_files import read_key_files
-from store.keychain import Keychain
+from store.keyring.files import read_key_files
+from store.keyring.keychain import Keychain
+from store.keyring.slots import NewSlot, new_keyring, unlock
 from store.repository import Repository
 from store.retention.policy import Policy
-from store.slots import NewSlot, new_keyring, unlock
 from store.upkeep.prune import prune
 from store.upkeep.prune_plan import PruneSettings
 from store.upkeep.repair import repair

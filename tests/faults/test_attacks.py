@@ -26,7 +26,7 @@ from perdure import cli, places
 from store import format as layout
 from store.chunker import PackingSettings
 from store.creation import read_mark
-from store.keychain import Keychain
+from store.keyring.keychain import Keychain
 
 FRESH, AUTHOR, WITHOUT_INDEX = "a host that has never seen it", "the host that wrote it", "that host, without its index"
 CODES = {0, 1, 3, 10, 12}

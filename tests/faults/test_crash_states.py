@@ -20,12 +20,12 @@ from store_fixtures import PASSPHRASE, Place, add, image
 from base.errors import RepositoryMissingError, WrongPassphraseError
 from store import format as layout
 from store.creation import read_mark
-from store.key_files import read_key_files
-from store.keys import Keys
+from store.keyring.files import read_key_files
+from store.keyring.keys import Keys
+from store.keyring.slots import unlock
 from store.reader import GenerationReader
 from store.records import AttributesBody, GenerationBody, TombstoneBody, decode_record
 from store.repository import Repository
-from store.slots import unlock
 from store.upkeep.check import check_repository
 
 

@@ -10,9 +10,9 @@ from test_crash import CountingDisk, die, fail, in_child
 
 from base.errors import StorageError, WrongPassphraseError
 from store.creation import read_mark
-from store.key_files import read_key_files
-from store.keychain import Keychain
-from store.slots import NewSlot, unlock
+from store.keyring.files import read_key_files
+from store.keyring.keychain import Keychain
+from store.keyring.slots import NewSlot, unlock
 
 OTHER, NEW = b"another slot", b"the new one"
 

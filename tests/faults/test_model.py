@@ -24,7 +24,7 @@ from base import extents as ranges
 from base.disk import Disk
 from base.errors import ConflictError
 from store.creation import read_mark
-from store.keychain import Keychain
+from store.keyring.keychain import Keychain
 from store.repository import Repository
 from store.upkeep.check import check_repository
 from store.upkeep.prune import prune

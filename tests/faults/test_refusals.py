@@ -21,11 +21,11 @@ from test_crash_states import history, listed, newest, opened, whole
 from base.disk import Disk
 from base.errors import ConflictError, NotFoundError, StorageError, WrongPassphraseError
 from store import format as layout
-from store.key_files import read_key_files
-from store.keychain import left_over
+from store.keyring.files import read_key_files
+from store.keyring.keychain import left_over
+from store.keyring.slots import unlock
 from store.records import GenerationBody, SwapBody, decode_record
 from store.repository import Repository
-from store.slots import unlock
 from store.upkeep.check import check_repository
 
 

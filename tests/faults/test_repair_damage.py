@@ -16,8 +16,8 @@ from store_fixtures import PASSPHRASE, Place, add, content, image, place
 from base.errors import IntegrityError
 from store.chunker import PackingSettings
 from store.history import History
+from store.keyring.slots import unlock
 from store.repository import Repository
-from store.slots import unlock
 from store.storage import LocalStorage
 from store.upkeep.check import check_repository
 from store.upkeep.mending import Mending

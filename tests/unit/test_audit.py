@@ -16,11 +16,11 @@ from store_fixtures import CHEAP, PASSPHRASE, Place, add, image, place
 from base.errors import IntegrityError, UsageError
 from store import format as layout
 from store.history import History
-from store.key_files import read_key_files
-from store.keychain import Keychain
+from store.keyring.files import read_key_files
+from store.keyring.keychain import Keychain
+from store.keyring.slots import NewSlot, new_keyring, unlock
 from store.records import GenerationBody, TombstoneBody, encode_record
 from store.repository import Repository
-from store.slots import NewSlot, new_keyring, unlock
 from store.storage import LocalStorage
 from store.upkeep.audit import audit, public_from_pem, public_pem
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from store import format as layout
-from store import format_keys
+from store.keyring import layout as format_keys
 
 FORMAT = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
 TABLE = re.compile(r"^[A-Z][A-Z ]+(?: .*)?\n(?:    .*\n)+", re.MULTILINE)

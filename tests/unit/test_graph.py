@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from perdure.graph import rows
+from perdure.commands.graph import rows
 from store.records import Generation
 
 ONE = Generation(

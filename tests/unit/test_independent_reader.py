@@ -24,11 +24,11 @@ from store_fixtures import CHEAP, PASSPHRASE, Place, add, image, memory_file, pl
 from base import extents as ranges
 from store.chunker import PackingSettings
 from store.creation import create
-from store.keys import Keys
+from store.keyring.keys import Keys
+from store.keyring.slots import KeyFile, NewSlot, change, list_slots, new_keyring, unlock
 from store.packs import PackWriter
 from store.records import Body, GenerationBody, HurtGeneration, RegionBody, TombstoneBody, encode_record
 from store.retention.policy import Policy
-from store.slots import KeyFile, NewSlot, change, list_slots, new_keyring, unlock
 from store.storage import LocalStorage
 
 SMALL_PACKS = PackingSettings(pack_bytes=1 << 16, frame_bytes=1 << 14)

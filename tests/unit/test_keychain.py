@@ -11,13 +11,13 @@ from store_fixtures import CHEAP, PASSPHRASE, add, content, image, place
 from base.disk import Disk
 from base.errors import ConflictError, IntegrityError, StorageError, WrongPassphraseError
 from store import format as layout
-from store import keychain as keychains
 from store.creation import read_mark
 from store.history import History
-from store.key_files import key_files, read_key_files
-from store.keychain import Keychain, left_over
+from store.keyring import keychain as keychains
+from store.keyring.files import key_files, read_key_files
+from store.keyring.keychain import Keychain, left_over
+from store.keyring.slots import NewSlot, unlock
 from store.repository import Repository
-from store.slots import NewSlot, unlock
 from store.storage import LocalStorage
 
 SECOND, THIRD = b"second", b"third"
@@ -253,9 +253,9 @@ _OTHER = """
 import sys
 from pathlib import Path
 from store_fixtures import add, image
-from store.key_files import read_key_files
+from store.keyring.files import read_key_files
 from store.repository import Repository
-from store.slots import unlock
+from store.keyring.slots import unlock
 
 path = Path(sys.argv[1])
 with Repository(path, unlock(read_key_files(path), sys.argv[3].encode()), Path(sys.argv[2])) as repository:

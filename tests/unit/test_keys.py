@@ -34,11 +34,10 @@ from base.errors import (
     UsageError,
     WrongPassphraseError,
 )
-from store import format_keys as layout
-from store import slots
-from store.format_keys import Argon2Parameters, KeyringBody, SigningKey
-from store.keys import DataKeys, Keys, Sealer
-from store.slots import (
+from store.keyring import layout, slots
+from store.keyring.keys import DataKeys, Keys, Sealer
+from store.keyring.layout import Argon2Parameters, KeyringBody, SigningKey
+from store.keyring.slots import (
     KeyFile,
     NewSlot,
     change,
@@ -88,7 +87,7 @@ def sealer_of(vector, **other):
     return Sealer(**{**given, **other})
 
 
-# A second implementation, written from the tables of store/format_keys.py and sharing nothing with store/.
+# A second implementation, written from the tables of store/keyring/layout.py and sharing nothing with store/.
 
 
 def reference_parts(secret, kind, repository_id, object_id, epoch, salt, number):

@@ -7,7 +7,7 @@ from base.disk import Disk
 from base.errors import ConflictError, NotFoundError
 from restore.disk_source import Access, GenerationDisk
 from store import needs
-from store.keys import Keys
+from store.keyring.keys import Keys
 from store.reader import GenerationReader
 from store.repository import Repository
 from store.upkeep.prune import prune

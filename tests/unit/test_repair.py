@@ -13,10 +13,10 @@ from base.errors import ConflictError, IntegrityError, LockedError
 from store.chunker import PackingSettings
 from store.creation import create
 from store.format import PACK_DATA, PACK_NODES
-from store.key_files import read_key_files
+from store.keyring.files import read_key_files
+from store.keyring.slots import new_keyring, unlock
 from store.reader import GenerationReader
 from store.repository import Repository
-from store.slots import new_keyring, unlock
 from store.upkeep.check import check_repository
 from store.upkeep.donor import Donor
 from store.upkeep.repair import DROP, PUT_BACK, REPLACE, Repair, repair

@@ -22,9 +22,9 @@ from base.errors import (
 from base.workers import WorkerPool
 from store.catalog import INDEX_FOLDER
 from store.creation import create, read_mark
-from store.key_files import read_key_files
+from store.keyring.files import read_key_files
+from store.keyring.slots import change, unlock
 from store.reader import GenerationReader
-from store.slots import change, unlock
 from store.workers import serve
 
 PAGE = 4096

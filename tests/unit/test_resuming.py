@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from base.errors import ConflictError
-from perdure.resuming import fitting, recorded, require_same_devices, version_warning
+from perdure.supervision.resuming import fitting, recorded, require_same_devices, version_warning
 from store.records import Generation
 from vm.command_line import Platform, devices_of
 from vm.config import Description, Region, Size

@@ -5,7 +5,7 @@ import re
 import threading
 
 from base.progress import silent
-from perdure.speaker import Speaker
+from perdure.supervision.speaker import Speaker
 
 
 def read_all(descriptor):

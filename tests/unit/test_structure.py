@@ -17,8 +17,15 @@ MAY_IMPORT = {
 }
 
 
-INSIDE_STORE = {"index": {"index"}, "retention": {"index", "retention", ""}, "": {"index", "retention", ""}}
-"""Folders of store and what of store they may import; "" is what stands in store itself. Upkeep may import all."""
+SUPERVISION = ("supervisor", "launcher", "machine", "running", "execution", "rollback", "background", "lazily")
+"""Modules of supervision that run in the supervisor's loop."""
+
+INSIDE = {
+    "store": {"index": set(), "keyring": {""}, "retention": {"index", ""}, "": {"index", "keyring", "retention"}},
+    "perdure": {"disks": {""}, "supervision": {"disks", ""}},
+}
+"""Folders within a folder and what of it they may import; "" is what stands in it itself. Who is not named may import
+all: store.upkeep, perdure.commands, and the modules of perdure, which hand commands and supervisors out by name."""
 
 
 def modules(path: Path) -> set[str]:
@@ -46,16 +53,15 @@ def test_arrows(folder):
         assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
 
 
-@pytest.mark.parametrize("folder", INSIDE_STORE)
-def test_arrows_inside_the_store(folder):
-    here = ROOT / "store" / folder
-    names = {path.stem for path in (ROOT / "store").glob("*.py")} | {"index", "retention", "upkeep"}
-    for path in sorted(here.glob("*.py")):
+@pytest.mark.parametrize(("parent", "folder"), [(parent, folder) for parent in INSIDE for folder in INSIDE[parent]])
+def test_arrows_inside_a_folder(parent, folder):
+    inside = {path.name for path in (ROOT / parent).iterdir() if (path / "__init__.py").exists()}
+    names = {path.stem for path in (ROOT / parent).glob("*.py")} | inside
+    for path in sorted((ROOT / parent / folder).glob("*.py")):
         parts = [name.split(".") for name in modules(path)]
-        found = {each[1] for each in parts if each[0] == "store" and len(each) > 1 and each[1] in names}
-        found = {each if (ROOT / "store" / each).is_dir() else "" for each in found}
-        wrong = found - INSIDE_STORE[folder]
-        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong)) or 'the store'}"
+        found = {each[1] for each in parts if each[0] == parent and len(each) > 1 and each[1] in names}
+        wrong = {each if each in inside else "" for each in found} - INSIDE[parent][folder] - {folder}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong)) or parent}"
 
 
 def test_guest_needs_the_standard_library_only():
@@ -67,10 +73,9 @@ def test_guest_needs_the_standard_library_only():
 
 def test_asyncio_stays_in_its_places():
     allowed = {
-        *("vm/monitor.py", "vm/hold.py", "vm/migration.py", "vm/disks.py", "vm/channel.py"),
-        *("perdure/supervisor.py", "perdure/control.py", "perdure/launcher.py", "perdure/machine.py"),
-        *("perdure/running.py", "perdure/execution.py", "perdure/filling.py", "perdure/rollback.py"),
-        *("perdure/background.py", "perdure/lazily.py"),
+        *(f"vm/{name}.py" for name in ("monitor", "hold", "migration", "disks", "channel")),
+        *("perdure/control.py", "perdure/disks/filling.py"),
+        *(f"perdure/supervision/{name}.py" for name in SUPERVISION),
     }
     for folder in MAY_IMPORT:
         for path in (ROOT / folder).rglob("*.py"):

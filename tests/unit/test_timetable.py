@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from base.timetable import Interval, WallTime, local_zone, parse_interval, parse_wall_time, parse_zone
-from perdure.schedule import Due, Timetable
+from perdure.supervision.schedule import Due, Timetable
 from vm.policy import Schedule
 
 ZONES = (

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from base.errors import ConflictError, NotFoundError
-from perdure import disk_state, places
+from perdure import places
+from perdure.commands.vm import CONTROL
 from perdure.control import call
-from perdure.disks import Disks
+from perdure.disks import state as disk_state
+from perdure.disks.images import Disks
 from perdure.output import Output, table
-from perdure.vm_commands import CONTROL
 from vm.config import Description, Size
 from vm.folder import RuntimeFolder
 from vm.qemu import Qemu

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from base.errors import PerdureError, VirtualMachineError, one_line
-from perdure.disks import Disks
+from perdure.disks.images import Disks
 from vm import overlays
 from vm.config import Description
 from vm.monitor import Monitor
@@ -55,7 +55,7 @@ class Filling:
             yield
 
     def fact(self, document: dict[str, Any]) -> dict[str, Any]:
-        """What perdure.disks says of a disk, with how far it is, and why the guest waits for it."""
+        """What perdure.disks.images says of a disk, with how far it is, and why the guest waits for it."""
         done, total = self._jobs.get(document["disk"], (0, 0))
         if document["state"] == "filling" and total:
             document = document | {"filled_percent": 100 * done // total}

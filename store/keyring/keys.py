@@ -1,6 +1,6 @@
 """Keys of an unlocked repository, and the sealing of everything that is stored.
 
-Owns the derivation of every key, every AES-256-GCM call and every nonce of the store; `store.slots` makes and opens
+Owns the derivation of every key, every AES-256-GCM call and every nonce of the store; `slots` makes and opens
 the files that keys come from, and nothing else touches either. Invariants: a nonce never meets the same AES key with
 different input (argued at `Sealer`); nothing here prints, pickles or logs a secret; what another process needs leaves
 only through `worker_material` or `handover`, without the signing key.
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from base.errors import IntegrityError
-from store.format_keys import (
+from store.keyring.layout import (
     ASSOCIATED,
     CHUNK_CONTEXT,
     KEY_BYTES,
@@ -167,7 +167,7 @@ class DataKeys(Secret):
 
 
 class Keys(DataKeys):
-    """All keys of an unlocked repository. Made by `store.slots` only."""
+    """All keys of an unlocked repository. Made by `slots` only."""
 
     __slots__ = ("_body", "_signing", "header", "keyring_hash", "slot_id")
 
@@ -234,5 +234,5 @@ class Keys(DataKeys):
         return cls(decode_keyring(data, name)[0], body, keyring_hash, slot_id)
 
     def secrets(self) -> KeyringBody:
-        """For `store.slots`, which seals them again into the next keyring."""
+        """For `slots`, which seals them again into the next keyring."""
         return self._body

@@ -25,18 +25,20 @@ from base.units import format_size
 from capture.disks import reads_of
 from capture.generation import Captured, capture
 from capture.pause import Limits
-from perdure import background, documents, lazily, resuming
+from perdure import documents
 from perdure.control import serve
-from perdure.disk_texts import reads_text
-from perdure.execution import DiskInstant, Execution, settle_bitmaps
-from perdure.filling import Filling
-from perdure.forgetting import forget_by_policy
-from perdure.launcher import Launcher
-from perdure.machine import Machine
-from perdure.preview import preview
-from perdure.requests import Requests
-from perdure.rollback import Rollback, RolledBack, carry_out
-from perdure.schedule import Due, Timetable
+from perdure.disks.filling import Filling
+from perdure.disks.state import disks_of
+from perdure.disks.texts import reads_text
+from perdure.supervision import background, lazily
+from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
+from perdure.supervision.forgetting import forget_by_policy
+from perdure.supervision.launcher import Launcher
+from perdure.supervision.machine import Machine
+from perdure.supervision.preview import preview
+from perdure.supervision.requests import Requests
+from perdure.supervision.rollback import Rollback, RolledBack, carry_out
+from perdure.supervision.schedule import Due, Timetable
 from store.records import Generation
 from store.repository import Repository
 from vm.hold import Cause, Hold
@@ -181,7 +183,7 @@ class Supervisor:
             return await self._go_through_reboot(machine, "host reboot")
 
     async def roll_back(self, wanted: Rollback, progress: Progress) -> RolledBack:
-        """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one; see perdure.rollback."""
+        """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one; see rollback."""
         async with self.operation:
             return await carry_out(self, wanted, progress)
 
@@ -211,7 +213,7 @@ class Supervisor:
 
     async def _launch(self, generation: Generation | None, boot: bool | None, *, lazy: bool) -> None:
         if boot is None:
-            with_disks = generation is not None and generation.full and bool(resuming.disks_of(generation))
+            with_disks = generation is not None and generation.full and bool(disks_of(generation))
             boot = generation is not None and with_disks and not self.launcher.disks.pristine(generation)
             if generation is not None and boot:
                 self.say(f"{generation.name} is full and has disks: the VM boots; --from {generation.name} goes back")

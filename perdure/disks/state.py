@@ -13,6 +13,8 @@ import msgspec
 
 from base.disk import Disk, replace_file
 from base.errors import StorageError
+from store.records import Generation
+from vm.config import DISK_PREFIX
 
 TOKEN = "disks_token"
 """In a generation's metadata: the images that were made for it."""
@@ -126,3 +128,8 @@ def read(folder: Path) -> DiskState:
 def write(disk: Disk, folder: Path, state: DiskState) -> None:
     """Raises StorageError."""
     replace_file(disk, folder / _NAME, msgspec.json.encode(state))
+
+
+def disks_of(generation: Generation) -> list[str]:
+    """Names of the disks that a generation has."""
+    return [name.removeprefix(DISK_PREFIX) for name in generation.regions if name.startswith(DISK_PREFIX)]

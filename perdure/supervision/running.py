@@ -16,12 +16,12 @@ from pathlib import Path
 from base.errors import RepositoryMissingError, UsageError
 from base.progress import Progress
 from perdure import places
-from perdure.cloning import described_copy, require_free
-from perdure.launcher import Launcher
 from perdure.opening import opened
 from perdure.output import Output
-from perdure.speaker import Speaker
-from perdure.supervisor import Ended, Supervisor
+from perdure.supervision.cloning import described_copy, require_free
+from perdure.supervision.launcher import Launcher
+from perdure.supervision.speaker import Speaker
+from perdure.supervision.supervisor import Ended, Supervisor
 from restore.lazy import Standby
 from store.records import Generation
 from store.repository import Repository

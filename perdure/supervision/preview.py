@@ -7,10 +7,10 @@ from typing import Any
 from base import extents as ranges
 from base.errors import ConflictError
 from perdure import documents
-from perdure.launcher import Launcher
-from perdure.machine import Machine
-from perdure.resuming import disks_of
-from perdure.rollback import Rollback, require_sense, risk
+from perdure.disks.state import disks_of
+from perdure.supervision.launcher import Launcher
+from perdure.supervision.machine import Machine
+from perdure.supervision.rollback import Rollback, require_sense, risk
 from store.records import Generation
 from store.repository import Repository
 

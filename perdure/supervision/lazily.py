@@ -20,8 +20,8 @@ from vm.qemu import Qemu
 from vm.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
-    from perdure.machine import Machine
-    from perdure.supervisor import Supervisor
+    from perdure.supervision.machine import Machine
+    from perdure.supervision.supervisor import Supervisor
 
 _LOOK_S = 0.1
 _AGAIN_S = 1.0

@@ -10,9 +10,9 @@ import msgspec
 
 from base.errors import NotFoundError, UsageError
 from base.units import format_size, parse_size
+from perdure.commands.retention import rules
 from perdure.opening import opened, repository_path
 from perdure.output import Output, table
-from perdure.retention_commands import rules
 from store.retention.policy import Policy, format_span
 from store.retention.quotas import used_bytes
 

@@ -10,17 +10,17 @@ from typing import Any
 from base.errors import NotFoundError, UsageError
 from base.units import format_size, parse_size
 from perdure import places
+from perdure.commands.rollback_text import preview_text
 from perdure.control import call
-from perdure.disk_texts import followed_text, reads_text
+from perdure.disks.texts import followed_text, reads_text
 from perdure.output import Output, moment, table
-from perdure.rollback_text import preview_text
 
 CONTROL = "control.sock"
 
 
 def run(options: Namespace) -> int:
     """`perdure run`"""
-    from perdure.running import run_vm
+    from perdure.supervision.running import run_vm
 
     return run_vm(options, _output(options))
 
@@ -167,7 +167,7 @@ def _status_text(found: dict[str, Any]) -> Iterator[str]:
             f"{region['mode']}"
         )
     for disk in found.get("disks", []):
-        from perdure.disk_commands import state_text
+        from perdure.commands.disks import state_text
 
         yield f"disk         {disk['disk']}: {disk['path']}, {state_text(disk)}"
         yield from followed_text(disk)

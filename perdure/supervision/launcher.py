@@ -30,11 +30,11 @@ from capture.journal import Journal
 from capture.sources import CapturedRegion
 from capture.trackers import ScanTracker
 from capture.tracking import start_tracking
-from perdure import heads, lazily, resuming
-from perdure.disk_state import TOKEN
-from perdure.disks import Disks
-from perdure.machine import Machine
-from perdure.measurements import compare, measure
+from perdure.disks.images import Disks
+from perdure.disks.state import TOKEN, disks_of
+from perdure.supervision import heads, lazily, resuming
+from perdure.supervision.machine import Machine
+from perdure.supervision.measurements import compare, measure
 from restore.claims import FACTS
 from restore.eager import Restored, read_devices, require_same_regions, restore_regions
 from restore.lazy import LazyRestore, Standby
@@ -264,7 +264,7 @@ class Launcher:
         if prepared.parent is None:
             return prepared
         foreign = prepared.parent.vm != name
-        with_disks = prepared.devices is not None and resuming.disks_of(prepared.parent)
+        with_disks = prepared.devices is not None and disks_of(prepared.parent)
         if with_disks and not self.disks.pristine(prepared.parent):
             with self.disks.going_back(repository, prepared.parent, drop=drop_disks) as token:
                 return replace(prepared, parent=heads.again(repository, name, prepared.parent, {TOKEN: token}))

@@ -1,6 +1,6 @@
 """One QEMU process under supervision: monitor, memory, region table, trackers, journal, guest channel.
 
-Made by perdure.launcher. Coroutines belong to the supervisor's loop; what blocks is sent to the repository's thread.
+Made by the launcher. Coroutines belong to the supervisor's loop; what blocks is sent to the repository's thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from capture.journal import Journal
 from capture.pause import PauseModel
 from capture.sources import CapturedRegion
 from capture.tracking import Tracking
-from perdure.resuming import recorded
+from perdure.supervision.resuming import recorded
 from restore.lazy import LazyRestore
 from restore.scrub import scrub
 from store.records import Generation

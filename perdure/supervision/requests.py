@@ -11,16 +11,16 @@ from base.errors import QuotaError, UsageError, one_line
 from base.progress import Progress
 from base.units import format_size
 from perdure import documents
-from perdure.background import schedule_document
-from perdure.disk_status import disk_status
-from perdure.rollback import Rollback
+from perdure.supervision.background import schedule_document
+from perdure.supervision.disk_status import disk_status
+from perdure.supervision.rollback import Rollback
 from vm.channel import TokenBucket
 from vm.protocol import Committed, RegionEntry, RequestRefusedError, Welcome
 
 if TYPE_CHECKING:
     from capture.generation import Captured
-    from perdure.machine import Machine
-    from perdure.supervisor import Supervisor
+    from perdure.supervision.machine import Machine
+    from perdure.supervision.supervisor import Supervisor
 
 Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
 """Takes the arguments of a command and where its progress goes; gives the JSON document of its result."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from base.errors import VirtualMachineError
 from capture.disks import token_of
-from perdure.execution import problem_of
-from perdure.machine import Machine
+from perdure.supervision.execution import problem_of
+from perdure.supervision.machine import Machine
 from store.records import Generation
 from vm import bitmaps, disks
 from vm.bitmaps import Followed

@@ -2,7 +2,7 @@
 
 QEMU loads a state only into the machine that it was saved from: the same versioned machine type, CPU model, memory
 and devices. Where the description leaves the choice (a machine alias, no CPU), what was recorded is used and not what
-the words mean today. And it goes on only with disks that hold what they held at that instant (perdure.disks).
+the words mean today. And it goes on only with disks that hold what they held at that instant (perdure.disks.images).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from base.errors import ConflictError
+from perdure.disks.state import disks_of
 from store.records import Generation
 from vm.command_line import Platform
-from vm.config import DISK_PREFIX, Description
+from vm.config import Description
 from vm.networks import without_addresses
 
 _BOOT_HINT = "--boot boots the VM with the generation's persistent memory instead"
@@ -79,11 +80,6 @@ def require_same_devices(generation: Generation, devices: Sequence[str], *, copi
     if not problems and then != list(devices):
         problems.append("its devices are in another order")
     _require(generation, problems)
-
-
-def disks_of(generation: Generation) -> list[str]:
-    """Names of the disks that a generation has."""
-    return [name.removeprefix(DISK_PREFIX) for name in generation.regions if name.startswith(DISK_PREFIX)]
 
 
 def require_same_disks(generation: Generation, description: Description) -> None:

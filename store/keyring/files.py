@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from base.errors import FormatVersionError, IntegrityError
-from store import format_keys as layout
-from store import slots
+from store.keyring import layout, slots
 from store.storage import LocalStorage, ObjectMissingError, Storage
 
 _NAME = re.compile(r"keys/[0-9a-f]{16}|keyring/[0-9]{8}")

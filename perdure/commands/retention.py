@@ -8,9 +8,9 @@ from typing import Any
 
 from base.errors import ConflictError, UsageError
 from perdure import documents
-from perdure.forgetting import carried_out, planned
 from perdure.opening import opened, repository_path, with_room
 from perdure.output import Output, moment, table
+from perdure.supervision.forgetting import carried_out, planned
 from store.records import Generation
 from store.repository import Repository
 from store.retention.policy import Policy, parse_span

@@ -19,12 +19,11 @@ from blake3 import blake3
 
 from base.disk import Disk
 from base.errors import ConflictError, FormatVersionError, IntegrityError, PerdureError, StorageError
-from store import format_keys as layout
-from store import slots
 from store.history import History
-from store.key_files import FOLDERS, key_files
-from store.keys import Keys
-from store.slots import Credential, KeyChange, NewSlot, SlotInfo
+from store.keyring import layout, slots
+from store.keyring.files import FOLDERS, key_files
+from store.keyring.keys import Keys
+from store.keyring.slots import Credential, KeyChange, NewSlot, SlotInfo
 from store.storage import LocalStorage
 
 _SLOT = re.compile(r"keys/[0-9a-f]{16}")

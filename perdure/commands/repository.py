@@ -17,7 +17,8 @@ from base.disk import Disk
 from base.errors import ConflictError, NotFoundError, UsageError
 from base.extents import Extents
 from base.units import PAGE, format_size
-from perdure import documents, graph
+from perdure import documents
+from perdure.commands import graph
 from perdure.credentials import credential
 from perdure.opening import opened, repository_path
 from perdure.output import Output, moment, size, table
@@ -30,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def init(options: Namespace) -> None:
     """`perdure init`"""
     from store.creation import create
-    from store.slots import new_keyring
+    from store.keyring.slots import new_keyring
     from store.upkeep import reserve
 
     path = repository_path(options.repository)

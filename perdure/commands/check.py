@@ -13,18 +13,19 @@ import msgspec
 
 from base.errors import IntegrityError, UsageError
 from base.units import format_size
-from perdure import key_commands, places
+from perdure import places
+from perdure.commands import keys as key_commands
 from perdure.credentials import credential, from_credential
 from perdure.opening import lock_wait_s, opened, repository_path, with_room
 from perdure.output import Output
 from store.creation import read_mark
-from store.key_files import read_key_files
-from store.slots import newest, unlock
+from store.keyring.files import read_key_files
+from store.keyring.slots import newest, unlock
 
 if TYPE_CHECKING:
-    from store.keys import Keys
+    from store.keyring.keys import Keys
+    from store.keyring.slots import Credential
     from store.repository import Repository
-    from store.slots import Credential
     from store.upkeep.donor import Donor
     from store.upkeep.findings import Hurt, Report
     from store.upkeep.mending import Mend

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from base.errors import PerdureError, one_line
-from perdure.schedule import Due, Timetable
+from perdure.supervision.schedule import Due, Timetable
 
 _LOOK_SECONDS = 15.0
 """Between two looks at the clock, at most: it may be set, and a host that slept has slept the loop's clock, too."""

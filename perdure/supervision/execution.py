@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from base.errors import VirtualMachineError
 from capture.disks import CapturedDisk, token_of
-from perdure.machine import Machine
+from perdure.supervision.machine import Machine
 from store.records import Generation
 from vm import bitmaps, disks, migration
 from vm.bitmaps import Followed

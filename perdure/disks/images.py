@@ -21,10 +21,10 @@ from base import extents as ranges
 from base.disk import Disk
 from base.errors import ConflictError, NotFoundError, PerdureError, StorageError
 from base.units import format_size
-from perdure import disk_server, disk_state
-from perdure.disk_server import DiskServer, Export
-from perdure.disk_state import TOKEN, Current, DiskState, First, Left, Overlay, Pending
-from perdure.resuming import disks_of
+from perdure.disks import server as disk_server
+from perdure.disks import state as disk_state
+from perdure.disks.server import DiskServer, Export
+from perdure.disks.state import TOKEN, Current, DiskState, First, Left, Overlay, Pending, disks_of
 from store import needs
 from store.reader import GenerationReader
 from store.records import Generation

@@ -1,7 +1,7 @@
 """Key slots and keyrings: how a passphrase or key file becomes `Keys`, and how the next keyring is made.
 
 Pure functions from files to files (storage name -> bytes); the caller reads, puts if absent, and deletes. Only this
-module and `store.keys` touch keys. Trust goes one way: a slot, which only its passphrase could have sealed, names an
+module and `keys` touch keys. Trust goes one way: a slot, which only its passphrase could have sealed, names an
 Ed25519 public key of the repository; from it a chain of signatures leads to the keyring. Without that, whoever can
 write the folder could seal a master of his own to the slots' public keys, which lie in clear, and would be able to read
 what is captured from then on. For the same reason the next keyring takes public keys from the last one, never from slot
@@ -34,8 +34,9 @@ from base.errors import (
     UsageError,
     WrongPassphraseError,
 )
-from store import format_keys as layout
-from store.format_keys import (
+from store.keyring import layout
+from store.keyring.keys import Keys, Sealer
+from store.keyring.layout import (
     SIGNATURE_BYTES,
     Argon2Parameters,
     KeyringBody,
@@ -46,7 +47,6 @@ from store.format_keys import (
     SlotHeader,
     SlotKind,
 )
-from store.keys import Keys, Sealer
 
 PASSPHRASE_PARAMETERS = Argon2Parameters(memory_kib=128 << 10, time=2, lanes=4)
 """0.25 s of processor time, 0.17 s on two cores. What a guess costs an attacker is memory times the time it is held,

@@ -26,14 +26,14 @@ from base.disk import Disk, replace_file
 from base.errors import PerdureError, StorageError, WorkerError, one_line
 from restore.disk_source import Access, GenerationDisk
 from restore.nbd_server import serve
-from store.keys import Keys
+from store.keyring.keys import Keys
 from store.repository import Repository
 from store.storage import LocalStorage
 from vm.identity import Identity, ended
 
 _START_SECONDS = 60
 _IDLE_SECONDS = 600
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Export(msgspec.Struct, frozen=True):
@@ -130,7 +130,7 @@ def start(vm: str, repository: Repository, path: Path, exports: dict[str, Export
     log = path.with_suffix(".log")
     with open(log, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "perdure.disk_server", str(path)],
+            [sys.executable, "-m", "perdure.disks.server", str(path)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -15,16 +15,16 @@ import msgspec
 from base.errors import ConflictError, LockedError, NotFoundError, StorageError, UsageError
 from base.units import format_size
 from perdure import places
+from perdure.commands.prune import rewrite, rewrite_text
 from perdure.credentials import credential, new_credential
 from perdure.opening import lock_wait_s, opened, repository_path
 from perdure.output import Output, moment, table
-from perdure.prune_commands import rewrite, rewrite_text
 from store.creation import read_mark
-from store.format_keys import Argon2Parameters, SlotKind
 from store.history import History
-from store.key_files import read_key_files
-from store.keychain import Keychain, left_over, recognise
-from store.slots import Credential, NewSlot, SlotInfo, list_slots, newest
+from store.keyring.files import read_key_files
+from store.keyring.keychain import Keychain, left_over, recognise
+from store.keyring.layout import Argon2Parameters, SlotKind
+from store.keyring.slots import Credential, NewSlot, SlotInfo, list_slots, newest
 
 if TYPE_CHECKING:
     from store.storage import LocalStorage

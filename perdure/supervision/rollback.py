@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from base.errors import ConflictError, NotFoundError, UsageError
 from base.progress import Progress
 from capture.generation import Captured
-from perdure.execution import Execution
-from perdure.heads import Mixed
-from perdure.launcher import Prepared
-from perdure.machine import Machine
-from perdure.resuming import disks_of
+from perdure.disks.state import disks_of
+from perdure.supervision.execution import Execution
+from perdure.supervision.heads import Mixed
+from perdure.supervision.launcher import Prepared
+from perdure.supervision.machine import Machine
 from store.records import Generation
 
 if TYPE_CHECKING:
-    from perdure.supervisor import Supervisor
+    from perdure.supervision.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)

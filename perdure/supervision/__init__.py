@@ -1,0 +1,1 @@
+"""The supervisor of one VM: launching it, its reboots, its captures, and going back."""

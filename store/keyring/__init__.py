@@ -1,0 +1,1 @@
+"""Keys: their files, the slots that open them, and which key opens what."""
