@@ -8,15 +8,15 @@ from base import extents as ranges
 from base.errors import ConflictError
 from perdure import documents
 from perdure.disks.state import disks_of
-from perdure.supervision.launcher import Launcher
 from perdure.supervision.machine import Machine
+from perdure.supervision.preparing import Preparation
 from perdure.supervision.rollback import Rollback, require_sense, risk
 from store.records import Generation
 from store.repository import Repository
 
 
 def preview(
-    launcher: Launcher,
+    preparation: Preparation,
     repository: Repository,
     generation: Generation,
     wanted: Rollback,
@@ -31,7 +31,7 @@ def preview(
     """
     forced = Rollback(wanted.point, wanted.discard, wanted.boot, wanted.memory_only, wanted.disks, force=True)
     require_sense(generation, forced)
-    _, _, warnings = launcher.fitting(generation, boot=wanted.boot)
+    _, _, warnings = preparation.fitting(generation, boot=wanted.boot)
     resumes = generation.full and not wanted.boot
     first = None if wanted.discard else "full" if resumes or wanted.disks else "kept"
     if first == "full" and held:
@@ -44,7 +44,7 @@ def preview(
     def changed_bytes(name: str) -> int | None:
         return None if since is None or name not in since.regions else ranges.total(changed[name])
 
-    disks = launcher.disks.preview(repository, generation, names)
+    disks = preparation.local.disks.preview(repository, generation, names)
     return {
         **documents.point(generation),
         "dry_run": True,

@@ -105,7 +105,7 @@ class Requests:
 
     def _disk_facts(self) -> list[dict[str, Any]]:
         supervisor = self._supervisor
-        found = supervisor.launcher.disks.facts()
+        found = supervisor.local.disks.facts()
         return found if supervisor.filling is None else [supervisor.filling.fact(each) for each in found]
 
     async def _followed_disks(self, machine: Machine) -> list[dict[str, Any]]:

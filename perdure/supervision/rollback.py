@@ -19,8 +19,8 @@ from capture.generation import Captured
 from perdure.disks.state import disks_of
 from perdure.supervision.execution import Execution
 from perdure.supervision.heads import Mixed
-from perdure.supervision.launcher import Prepared
 from perdure.supervision.machine import Machine
+from perdure.supervision.preparing import Prepared
 from store.records import Generation
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
             captured = await _capture(supervisor, machine, full=True)
         source = generation if captured is None else captured.generation
         prepared = made = await supervisor.in_store(
-            lambda: supervisor.launcher.prepare(
+            lambda: supervisor.preparation.prepare(
                 supervisor.repository, source, progress, machine.memory, boot=wanted.boot, lazy=wanted.lazy
             )
         )
@@ -109,7 +109,7 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         mixed = _mixed(generation, wanted, captured)
         drops = wanted.discard or (captured is not None and captured.generation.full)
         head = await supervisor.in_store(
-            lambda: supervisor.launcher.go_on_from(supervisor.repository, made, drop_disks=drops, mixed=mixed)
+            lambda: supervisor.preparation.go_on_from(supervisor.repository, made, drop_disks=drops, mixed=mixed)
         )
     except BaseException:
         if prepared is not None:

@@ -18,8 +18,10 @@ from base.progress import Progress
 from perdure import places
 from perdure.opening import opened
 from perdure.output import Output
+from perdure.supervision import leftovers
 from perdure.supervision.cloning import described_copy, require_free
-from perdure.supervision.launcher import Launcher
+from perdure.supervision.local import Local
+from perdure.supervision.preparing import Preparation
 from perdure.supervision.speaker import Speaker
 from perdure.supervision.supervisor import Ended, Supervisor
 from restore.lazy import Standby
@@ -56,13 +58,13 @@ def _run(options: Namespace, output: Output, description: Description | None, pa
     """
     stream = sys.stderr if output.json else sys.stdout
     standby = Standby.fork() if options.lazy else None  # before there are threads, and an open LMDB
-    launcher = None if options.clone or description is None else _launcher(description)
+    local = None if options.clone or description is None else _local_files(description)
     with ExitStack() as last, opened(path, workers=True, progress=output.progress()) as repository:
-        if launcher is None:
-            launcher = _launcher(described_copy(options, repository, description), clone=True)
-        found = launcher
-        found.standby = standby
-        last.callback(found.close)
+        if local is None:
+            local = _local_files(described_copy(options, repository, description), clone=True)
+        found = local
+        preparation = Preparation(found, standby)
+        last.callback(preparation.close)
         speaker = last.enter_context(Speaker(stream.fileno(), output.progress()))
         say = _nothing if output.quiet else speaker.say
 
@@ -78,17 +80,17 @@ def _run(options: Namespace, output: Output, description: Description | None, pa
         boot = True if options.boot else False if options.point else None
 
         async def supervise() -> Ended:
-            supervisor = Supervisor(found, repository, say, speaker.progress)
+            supervisor = Supervisor(preparation, repository, say, speaker.progress)
             return await supervisor.run(begin, boot=boot, lazy=options.lazy)
 
-        return asyncio.run(supervise()), found.description.name
+        return asyncio.run(supervise()), found.name
 
 
-def _launcher(description: Description, *, clone: bool = False) -> Launcher:
+def _local_files(description: Description, *, clone: bool = False) -> Local:
     folder = RuntimeFolder(description.name, places.vm_runtime(description.name))
-    launcher = Launcher(description, folder, places.vm_state(description.name), clone=clone)
+    local = Local(description, folder, places.vm_state(description.name), clone=clone)
     folder.check()
-    return launcher
+    return local
 
 
 def _nothing(_: str) -> None:
@@ -97,14 +99,14 @@ def _nothing(_: str) -> None:
 
 def _to_restore(
     options: Namespace,
-    launcher: Launcher,
+    local: Local,
     repository: Repository,
     say: Callable[[str], None],
     runs: bool,
     progress: Progress,
 ) -> Generation | None:
     """What a launch begins with. Memory that a dead QEMU left is captured first, or dropped if the user says so."""
-    name = launcher.description.name
+    name = local.name
     if runs:
         if options.point or options.without_restore or options.boot:
             raise UsageError(
@@ -113,9 +115,9 @@ def _to_restore(
             )
         return None
     if options.discard:
-        launcher.drop_left_memory()
+        leftovers.drop(local)
     else:
-        saved = launcher.salvage(repository, progress)
+        saved = leftovers.salvage(local, repository, progress)
         if saved is not None:
             say(f"{name} had ended without a capture: its memory is {saved.generation.name} now")
     if options.without_restore:

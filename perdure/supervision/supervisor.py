@@ -30,11 +30,12 @@ from perdure.control import serve
 from perdure.disks.filling import Filling
 from perdure.disks.state import disks_of
 from perdure.disks.texts import reads_text
-from perdure.supervision import background, lazily
+from perdure.supervision import background, lazily, leftovers
 from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
 from perdure.supervision.forgetting import forget_by_policy
 from perdure.supervision.launcher import Launcher
 from perdure.supervision.machine import Machine
+from perdure.supervision.preparing import Preparation
 from perdure.supervision.preview import preview
 from perdure.supervision.requests import Requests
 from perdure.supervision.rollback import Rollback, RolledBack, carry_out
@@ -75,10 +76,12 @@ class Supervisor:
     """One VM, from launch or take-over to its end."""
 
     def __init__(
-        self, launcher: Launcher, repository: Repository, say: Callable[[str], None], progress: Progress
+        self, preparation: Preparation, repository: Repository, say: Callable[[str], None], progress: Progress
     ) -> None:
-        self.launcher, self.repository, self.say = launcher, repository, say
-        self.vm = launcher.description.name
+        local = preparation.local
+        self.local, self.preparation, self.launcher = local, preparation, Launcher(local)
+        self.repository, self.say = repository, say
+        self.vm = local.name
         self.state = "starting"
         self.began = time.time()
         self._progress = progress
@@ -93,9 +96,9 @@ class Supervisor:
         self._requests = Requests(self)
         self.filling: Filling | None = None
         """Of the disks that went back, while there is a QEMU."""
-        self.policy = launcher.description.policy
+        self.policy = local.description.policy
         self.limits = Limits(self.policy.pause_ms_max, self.policy.rounds_max, self.policy.over_limit == "exceed")
-        self.timetable = Timetable(self.vm, launcher.description.schedules, datetime.now(UTC))
+        self.timetable = Timetable(self.vm, local.description.schedules, datetime.now(UTC))
         self._beside: list[asyncio.Task[None]] = []
 
     @property
@@ -116,7 +119,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupted, number)
         try:
-            async with await serve(self.launcher.folder.control, self._requests.commands(), self.say):
+            async with await serve(self.local.folder.control, self._requests.commands(), self.say):
                 async with self.operation:
                     await self._start(begin, boot, lazy=lazy)
                 schedule = background.keep_schedule(self.vm, self.timetable, self._scheduled, self.say)
@@ -192,7 +195,7 @@ class Supervisor:
         async with self.operation:
             machine, held = self.machine, self.state == "held"
             return await self.in_store(
-                lambda: preview(self.launcher, self.repository, self.own(wanted.point), wanted, machine, held=held)
+                lambda: preview(self.preparation, self.repository, self.own(wanted.point), wanted, machine, held=held)
             )
 
     async def _start(self, begin: Begin, boot: bool | None, *, lazy: bool) -> None:
@@ -203,8 +206,8 @@ class Supervisor:
             self.say(f"{self.vm} had been launched by a supervisor that ended before the guest began: once more")
         generation = await self.in_store(lambda: begin(qemu is not None, self._unless_leaving))
         if qemu is None:
-            await self.in_store(lambda: self.launcher.disks.settle(self.repository))
-        for line in self.launcher.disks.remarks():
+            await self.in_store(lambda: self.local.disks.settle(self.repository))
+        for line in self.local.disks.remarks():
             self.say(f"{self.vm}: {line}")
         if qemu is not None:
             await self._adopt(qemu)
@@ -214,12 +217,13 @@ class Supervisor:
     async def _launch(self, generation: Generation | None, boot: bool | None, *, lazy: bool) -> None:
         if boot is None:
             with_disks = generation is not None and generation.full and bool(disks_of(generation))
-            boot = generation is not None and with_disks and not self.launcher.disks.pristine(generation)
+            boot = generation is not None and with_disks and not self.local.disks.pristine(generation)
             if generation is not None and boot:
                 self.say(f"{generation.name} is full and has disks: the VM boots; --from {generation.name} goes back")
         try:
+            prepare, unless_leaving = self.preparation.prepare, self._unless_leaving
             prepared = await self.in_store(
-                lambda: self.launcher.prepare(self.repository, generation, self._unless_leaving, boot=boot, lazy=lazy)
+                lambda: prepare(self.repository, generation, unless_leaving, boot=boot, lazy=lazy)
             )
         except IntegrityError as error:
             problem = (
@@ -227,7 +231,7 @@ class Supervisor:
                 "--from, or --without-restore"
             )
             raise IntegrityError(error.object, problem, offset=error.offset, chunk=error.chunk) from error
-        prepared = await self.in_store(lambda: self.launcher.go_on_from(self.repository, prepared))
+        prepared = await self.in_store(lambda: self.preparation.go_on_from(self.repository, prepared))
         machine = await self.launcher.launch(prepared, self.in_store)
         await self.follow(machine)
         for warning in prepared.warnings:
@@ -252,7 +256,7 @@ class Supervisor:
         self._machine = machine
         self.state = "running"
         machine.open_channel(self._requests, self.say)
-        self.filling = Filling(machine.monitor, self.launcher.disks, machine.description, self.say)
+        self.filling = Filling(machine.monitor, self.local.disks, machine.description, self.say)
         self.filling.begin()
         self._watcher = asyncio.create_task(self._watch(machine))
         self._watcher.add_done_callback(self._watched)
@@ -285,7 +289,7 @@ class Supervisor:
             self.say(f"{self.vm}: {machine.last_words()}")
             await self._end_filling()
             await machine.disconnect()
-            saved = await self.in_store(lambda: self.launcher.salvage(self.repository, self._progress))
+            saved = await self.in_store(lambda: leftovers.salvage(self.local, self.repository, self._progress))
             if saved is not None:
                 self.say(documents.made_text(saved.generation, saved.seconds)[0] + " (crash)")
             self._end(Ended("QEMU ended", failed=True, generation=saved.generation.number if saved else None))
@@ -446,8 +450,8 @@ class Supervisor:
                 task.cancel()
         await self._end_filling()
         if self._machine is None:
-            self.launcher.disks.end_servers()
-        self.launcher.disks.let_go()
+            self.local.disks.end_servers()
+        self.local.disks.let_go()
         if self._machine is not None:
             machine, self._machine = self._machine, None
             await machine.disconnect()

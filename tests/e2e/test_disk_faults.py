@@ -131,7 +131,7 @@ class Rig:
         self.qemu = self.place.launch(self.description, self.place.memory)
 
     async def supervise(self) -> None:
-        """As perdure.supervision.launcher and perdure.supervision.supervisor take a VM over."""
+        """As the launcher and the supervisor take a VM over."""
         self.monitor = await MortalMonitor.connect(self.qemu)  # type: ignore[assignment]
         await migration.clean_up(self.monitor)
         await disks.release(self.monitor, self.qemu.folder)

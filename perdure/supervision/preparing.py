@@ -1,0 +1,226 @@
+"""Memory for a launch: made beside that of a QEMU that may still run, filled with a generation, verified; and the head
+of history that the VM goes on from. A rollback that cannot be restored changes nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from base.errors import ConflictError, PerdureError
+from base.progress import Progress
+from base.units import format_size
+from perdure.disks.state import TOKEN, disks_of
+from perdure.supervision import heads, resuming
+from perdure.supervision.local import Local
+from perdure.supervision.measurements import compare
+from restore.eager import Restored, read_devices, require_same_regions, restore_regions
+from restore.lazy import LazyRestore, Standby
+from store.records import Generation
+from store.repository import Repository
+from vm import accelerator, firmware
+from vm import qemu as processes
+from vm.command_line import Platform, command_line, devices_of
+from vm.config import RAM
+from vm.memory import BackingFile, Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Memory for a launch, and the QEMU for it. `parent` is the generation that it holds, None if it is empty;
+    `devices` the state from which the guest goes on, None if it boots."""
+
+    memory: Memory
+    platform: Platform
+    accelerator_reason: str
+    parent: Generation | None
+    restored: Restored | None
+    warnings: tuple[str, ...]
+    devices: bytes | None = None
+    lazy: LazyRestore | None = None
+
+    @property
+    def summary(self) -> str:
+        """What was restored, in words."""
+        done = self.restored
+        if done is None:
+            return "persistent memory is empty"
+        how = "restored" if self.devices is None else "resumed"
+        if self.lazy is not None:
+            return f"{done.generation.name} {how}, its memory comes as it is touched, and in the background"
+        return (
+            f"{done.generation.name} {how}, {format_size(done.written_bytes)} in {done.restore_seconds:.2f} s, "
+            f"{format_size(done.verified_bytes)} verified in {done.verify_seconds:.2f} s"
+        )
+
+    def discard(self) -> None:
+        """Give the memory back."""
+        if self.lazy is not None:
+            self.lazy.abandon()
+        self.memory.release()
+
+
+class Preparation:
+    """Prepares launches of one VM, one after the other. `standby`: a page server for the next lazy restore; without it,
+    that has to start one first."""
+
+    def __init__(self, local: Local, standby: Standby | None = None) -> None:
+        self.local, self._description, self._standby = local, local.description, standby
+
+    def close(self) -> None:
+        """Let go of what was made ready and not used."""
+        if self._standby is not None:
+            self._standby.close()
+            self._standby = None
+
+    def prepare(
+        self,
+        repository: Repository,
+        generation: Generation | None,
+        progress: Progress,
+        replaces: Memory | None = None,
+        *,
+        boot: bool = False,
+        lazy: bool = False,
+    ) -> Prepared:
+        """Blocking: new backing files with the content of a generation, verified; empty ones for None. The memory
+        that they replace, if any, is released before they are launched.
+
+        A full generation is resumed, unless it is to `boot`: then it gives its persistent memory only. QEMU is found
+        first: without one, nothing has to be restored. `lazy`: of a full one the memory is not restored but served when
+        it is touched. Raises ConflictError, IntegrityError, StorageError,
+        VirtualMachineError: nothing is left then.
+        """
+        resumed = generation if generation is not None and generation.full and not boot else None
+        self.local.folder.create()
+        platform, reason, problems = self.fitting(generation, boot=boot)
+        memory = Memory.prepare(
+            self.local.name,
+            self.local.free_memory_folder(),
+            self._description.backing_sizes,
+            replaces=replaces,
+            beside=0 if generation is None else _memory_bytes(generation),
+        )
+        try:
+            restored = devices = begun = None
+            if generation is not None:
+                paths = {name: file.path for name, file in memory.files.items() if name != RAM or resumed is not None}
+                if lazy and resumed is not None:
+                    restored, begun = self._begin_lazily(repository, resumed, memory, paths)
+                else:
+                    restored = restore_regions(repository, generation, paths, progress)
+                if resumed is not None:
+                    devices = read_devices(repository, resumed)
+                elif generation.full:
+                    heads.scrub_to_kept(memory, generation)
+            warnings = (*memory.warnings, *problems)
+            return Prepared(memory, platform, reason, generation, restored, warnings, devices, begun)
+        except BaseException:
+            if begun is not None:
+                begun.abandon()
+            with suppress(PerdureError):
+                memory.release()
+            raise
+
+    def fitting(self, generation: Generation | None, *, boot: bool) -> tuple[Platform, str, tuple[str, ...]]:
+        """Blocking: the platform on which a generation is resumed or booted, why it has its accelerator, and warnings.
+
+        Changes nothing. Raises ConflictError for one that does not fit the VM as it is described, VirtualMachineError.
+        """
+        resumed = generation if generation is not None and generation.full and not boot else None
+        if generation is not None and "tags" not in generation.metadata:
+            raise ConflictError(
+                f"{generation.name} was made by {generation.cause} and does not say what of it is to be kept: restore "
+                f"another generation with --from, or start with --without-restore"
+            )
+        problems = compare(self._description, self.local.measurements, generation)
+        platform, reason = self._platform()
+        if resumed is not None:
+            problems += resuming.version_warning(resumed, platform)
+            platform = resuming.fitting(self._description, platform, resumed)
+            if self.local.clone:
+                platform = replace(platform, uuid=self.local.uuid)
+            files = {name: BackingFile(name, self.local.folder.path, 0) for name in self._description.backing_sizes}
+            argv = command_line(self._description, platform, self.local.folder, files)
+            resuming.require_same_devices(resumed, devices_of(argv), copied=self.local.clone)
+            resuming.require_same_disks(resumed, self._description)
+        return platform, reason, problems
+
+    def go_on_from(
+        self,
+        repository: Repository,
+        prepared: Prepared,
+        *,
+        drop_disks: bool = False,
+        mixed: heads.Mixed | None = None,
+    ) -> Prepared:
+        """Blocking: where an older generation was prepared, or only a part of one, add one to history that equals it
+        and follows it, so that the latest is always what the VM goes on from, also after a power loss.
+
+        The disks are made with it, where a generation is resumed that has some, and served. `drop_disks`: images that
+        were disks until now are removed when the guest goes on. `mixed`: what it goes on from is of several
+        generations. Raises StorageError, WorkerError, VirtualMachineError.
+        """
+        if mixed is None:
+            prepared = self._head(repository, prepared, drop_disks)
+        elif mixed.names:
+            with self.local.disks.going_back(repository, mixed.back, drop=drop_disks, names=mixed.names) as token:
+                prepared = replace(prepared, parent=heads.of_several(repository, mixed, {TOKEN: token}))
+        else:
+            prepared = replace(prepared, parent=heads.of_several(repository, mixed))
+        self.local.disks.serve(repository)
+        return prepared
+
+    def _head(self, repository: Repository, prepared: Prepared, drop_disks: bool) -> Prepared:
+        name = self.local.name
+        latest = repository.latest(name)
+        if prepared.parent is None:
+            return prepared
+        foreign = prepared.parent.vm != name
+        with_disks = prepared.devices is not None and disks_of(prepared.parent)
+        if with_disks and not self.local.disks.pristine(prepared.parent):
+            with self.local.disks.going_back(repository, prepared.parent, drop=drop_disks) as token:
+                return replace(prepared, parent=heads.again(repository, name, prepared.parent, {TOKEN: token}))
+        older = latest is None or latest.id != prepared.parent.id
+        if prepared.parent.full and prepared.devices is None:
+            cause = "clone" if foreign else "rollback" if older else "boot"
+            return replace(prepared, parent=heads.kept_of(repository, name, prepared.parent, cause))
+        return replace(prepared, parent=heads.again(repository, name, prepared.parent)) if older else prepared
+
+    def _begin_lazily(
+        self, repository: Repository, generation: Generation, memory: Memory, paths: dict[str, Path]
+    ) -> tuple[Restored, LazyRestore]:
+        """A page server gets ready while QEMU starts."""
+        require_same_regions(generation, paths)
+        files = {name: path for name, path in paths.items() if name in generation.regions}
+        standby, self._standby = self._standby, None
+        lazy = LazyRestore.begin(
+            repository, generation, memory.folder, files, self.local.folder.path, self.local.working_sets, standby
+        )
+        return Restored(generation, 0, 0, 0.0, 0.0), lazy
+
+    def _platform(self) -> tuple[Platform, str]:
+        description = self._description
+        binary = processes.find_binary(description.name, description.qemu)
+        chosen = accelerator.choose(description, binary, self.local.state / "accelerator.json")
+        firm = firmware.find(description.name, description.firmware)
+        version = processes.version(description.name, binary)
+        machine = processes.resolve_machine(description.name, binary, description.machine)
+        platform = Platform(
+            binary=binary,
+            version=version,
+            machine=machine,
+            accelerator=chosen.kind,
+            cpu=description.cpu or chosen.cpu,
+            firmware=firm,
+            variables=firmware.variables(description.name, firm, self.local.state, self.local.disk),
+            uuid=self.local.uuid,
+            generation_id=machine.startswith("pc-") and processes.has_device(description.name, binary, "vmgenid"),
+        )
+        return platform, chosen.reason
+
+
+def _memory_bytes(generation: Generation) -> int:
+    """Bytes of a generation that go into memory; disks do not."""
+    return sum(region.kept_bytes for region in generation.regions.values() if region.kind != "disk")
