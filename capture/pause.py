@@ -199,9 +199,10 @@ def pause(
     """Bring what is dirty down, stop, save the devices, collect, copy what is dirty (or store it at once), continue;
     then store the copies.
 
-    The devices come before the last collection, so that what QEMU might write into memory for it is in the generation.
-    Raises ConflictError where the limit cannot be kept, and what collecting, storing and stopping raise: the guest runs
-    on.
+    The devices come before the last collection, so that what QEMU might write into memory for it is in the generation;
+    and before the only one, where little is expected to be dirty: a collection takes a millisecond for each GiB.
+    Raises ConflictError where the limit cannot be kept, and what collecting, storing and stopping raise: the guest
+    runs on.
     """
     allowed = model.allowed_bytes(limits.pause_ms_max, full=full)
     done = Stopped(rounds=store_while_running(sources, writer, limits.rounds_max, min(_DRAIN_ABOVE, allowed), progress))
@@ -215,23 +216,29 @@ def pause(
         if disks is not None:
             disks.prepare()
         while True:
-            copy = _Copy(_room(sources))
+            expected = _expected(sources)
+            copy = _Copy(min(expected + expected // 4 + (1 << 20), _copy_max()))
             stack.callback(copy.close)
             execution.settle()
             began, copy_ms, copied = time.monotonic(), 0.0, 0
             execution.stop()
             try:
+                devices = execution.device_state() if full and expected <= enough else None
+                if devices is not None:
+                    stack.callback(os.close, devices)
                 found = _collect(sources)
                 again = found > enough and done.rounds < rounds_max
                 over = found > allowed and not limits.exceed
                 if not again and not over:
-                    if full:
-                        done.devices = execution.device_state()
-                        stack.callback(os.close, done.devices)
+                    if full and devices is None:
+                        devices = execution.device_state()
+                        stack.callback(os.close, devices)
+                        _collect(sources)
+                    done.devices = devices
                     if disks is not None:
                         disks.freeze()
                     copying = time.monotonic()
-                    copied = _take_copies(sources, writer, copy, full=full)
+                    copied = _take_copies(sources, writer, copy)
                     copy_ms = (time.monotonic() - copying) * 1e3
             finally:
                 execution.cont()
@@ -257,12 +264,10 @@ def _collect(sources: Sequence[Source]) -> int:
     return sum(source.resident_bytes for source in sources)
 
 
-def _take_copies(sources: Sequence[Source], writer: GenerationWriter, copy: _Copy, *, full: bool) -> int:
-    """Bytes that were copied. After the devices were saved, QEMU may have written once more."""
+def _take_copies(sources: Sequence[Source], writer: GenerationWriter, copy: _Copy) -> int:
+    """Bytes that were copied."""
     room, copied = _copy_max(), 0
     for source in sources:
-        if full:
-            source.collect(running=False)
         present = source.present
         size = ranges.total(present)
         if copied + size > room:
@@ -273,8 +278,8 @@ def _take_copies(sources: Sequence[Source], writer: GenerationWriter, copy: _Cop
     return copied
 
 
-def _room(sources: Sequence[Source]) -> int:
-    """Memory to have ready for the copies: what is dirty by now, and some more."""
+def _expected(sources: Sequence[Source]) -> int:
+    """Bytes that are to be copied, as far as they are dirty by now; nothing is cleared for it."""
     expected = 0
     for source in sources:
         fresh = source.region.tracker.peek() if source.followed else None
@@ -282,7 +287,7 @@ def _room(sources: Sequence[Source]) -> int:
             expected += ranges.total(ranges.union(source.pending, ranges.EMPTY if fresh is None else fresh))
         else:
             expected += source.resident_bytes
-    return min(expected + expected // 4 + (1 << 20), _copy_max())
+    return expected
 
 
 def _copy_max() -> int:

@@ -129,7 +129,8 @@ class Run:
 
 class Supervised:
     """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml, `policy` more
-    of its policy, `extra` more arguments of QEMU; `repository` is elsewhere than beside it, if given."""
+    of its policy, `extra` more arguments of QEMU; `repository` is elsewhere than beside it, if given; `memory` is
+    in bytes."""
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class Supervised:
         policy: str = "",
         extra: tuple[str, ...] = (),
         repository: Path | None = None,
+        memory: int = MEMORY,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="p-", dir="/dev/shm"))
         self.state = self.folder / "state"
@@ -151,7 +153,7 @@ class Supervised:
         (self.folder / "VM.toml").write_text(
             f"""\
 name = "{NAME}"
-memory = {MEMORY}
+memory = {memory}
 accelerator = "tcg"
 kernel = "{image.kernel}"
 initrd = "{image.initrd}"
