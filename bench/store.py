@@ -55,11 +55,7 @@ def main() -> None:
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, float | None]:
     """Everything; gives the figures by name."""
     print(machine(), flush=True)
-    print(f"making images of {options.mib} MiB", file=sys.stderr)
-    image = images.memory(options.mib, options.seed)
-    image.tofile(folder / "0")
-    images.write_ranges(folder / "ranges", images.dirtied(image, options.dirty, options.seed + 1))
-    image.tofile(folder / "1")
+    make_images(folder, options.mib, options.seed, options.dirty)
     image = np.fromfile(folder / "0", np.uint8).reshape(-1, images.PAGE)
     images.dirtied(image, options.dirty, options.seed + 2)
     image.tofile(folder / "2")
@@ -84,6 +80,15 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float | None
 
         draw(options.plot, measured, machine())
     return result
+
+
+def make_images(folder: Path, mib: int, seed: int, dirty: float) -> None:
+    """The image `0`, its successor `1`, and where they differ, `ranges`."""
+    print(f"making images of {mib} MiB", file=sys.stderr)
+    image = images.memory(mib, seed)
+    image.tofile(folder / "0")
+    images.write_ranges(folder / "ranges", images.dirtied(image, dirty, seed + 1))
+    image.tofile(folder / "1")
 
 
 def machine() -> str:
@@ -112,15 +117,20 @@ def one_round(folder: Path, measured: Measured) -> None:
         measured.growth[tool.name].append(tool.stored() - measured.stored[tool.name][-1])
     for tool in tools:
         measured.steps[tool.name, "unlock"].append(tool.unlock())
+    restore(tools, place, folder / "1", measured)
+    measured.steps[OURS, "scan"].append(ours.scan(folder / "2"))
+    shutil.rmtree(place)
+
+
+def restore(tools: list[Tool], place: Path, stored: Path, measured: Measured) -> None:
+    """Have each tool restore what it stored last, which is compared."""
     for tool in tools:
         target = place / "target"
         target.mkdir()
         measured.steps[tool.name, "restore"].append(tool.restore(target))
-        if not same_content(restored_file(target), folder / "1"):
+        if not same_content(restored_file(target), stored):
             raise SystemExit(f"{tool.name} restored other bytes than it was given")
         shutil.rmtree(target)
-    measured.steps[OURS, "scan"].append(ours.scan(folder / "2"))
-    shutil.rmtree(place)
 
 
 def peaks(folder: Path) -> float:

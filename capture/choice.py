@@ -112,7 +112,7 @@ def choose(facts: Facts, wanted: Wanted = "auto") -> Choice:
     discards = any(each.startswith(_DISCARDING_DEVICES) for each in facts.devices)
     if wanted == "scan":
         return Choice("scan", "the configuration asks for it", direct_io, discards)
-    problem = _problem(facts)
+    problem = obstacle(facts)
     if problem is None:
         kernel = facts.kernel.release
         reason = "the configuration asks for it" if wanted == "userfaultfd" else f"Linux {kernel} has PAGEMAP_SCAN"
@@ -122,13 +122,11 @@ def choose(facts: Facts, wanted: Wanted = "auto") -> Choice:
     return Choice("scan", problem, direct_io, discards)
 
 
-def _problem(facts: Facts) -> str | None:
-    """Why writes cannot be followed, the most lasting reason first; None if they can."""
-    kernel = facts.kernel
-    if kernel.machine != "x86_64":
-        return f"the userfaultfd tracker knows x86-64 only, this machine is {kernel.machine}"
-    if not kernel.pagemap_scan:
-        return _no_pagemap_scan(kernel.release)
+def obstacle(facts: Facts) -> str | None:
+    """Why QEMU's accesses to memory cannot be governed, the most lasting reason first; None if they can."""
+    problem = kernel_obstacle(facts.kernel)
+    if problem is not None:
+        return problem
     for device in facts.devices:
         if device.startswith(_FOREIGN_DEVICES):
             return f"device {device} writes to guest memory by itself"
@@ -142,6 +140,13 @@ def _problem(facts: Facts) -> str | None:
         if file.startswith(_FOREIGN_FILES):
             return f"QEMU has {file} open, through which devices write to guest memory"
     return facts.access
+
+
+def kernel_obstacle(kernel: Kernel) -> str | None:
+    """The same as far as it depends on this machine alone."""
+    if kernel.machine != "x86_64":
+        return f"userfaultfd is used on x86-64 only, this machine is {kernel.machine}"
+    return None if kernel.pagemap_scan else _no_pagemap_scan(kernel.release)
 
 
 def _no_pagemap_scan(release: str) -> str:

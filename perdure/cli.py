@@ -276,7 +276,7 @@ def _vm_verbs(verb: _Verb) -> None:
     run.add_argument("--from", dest="point", metavar="VM@N", help="go on from this generation, not the latest")
     run.add_argument("--as", dest="clone", metavar="NEWVM", help="as another VM: a copy, with an identity of its own")
     run.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory: no resume")
-    run.add_argument("--lazy", action="store_true", help="resume at once: memory is restored when it is touched")
+    _lazy_or_eager(run)
     run.add_argument("--discard", action="store_true", help="drop memory that an ended QEMU left, uncaptured")
     run.add_argument("--without-restore", action="store_true", help="start with empty persistent memory")
     status = verb("status", "vm:status", "running VMs, or one in full")
@@ -296,7 +296,7 @@ def _vm_verbs(verb: _Verb) -> None:
     rollback = verb("rollback", "vm:rollback", "resume a full generation, or boot with the persistent memory of one")
     rollback.add_argument("point", metavar="VM@N")
     rollback.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory")
-    rollback.add_argument("--lazy", action="store_true", help="resume at once: memory is restored when it is touched")
+    _lazy_or_eager(rollback)
     rollback.add_argument("--discard", action="store_true", help="do not capture first what the VM has now")
     rollback.add_argument("--dry-run", action="store_true", help="only say what would change")
     rollback.add_argument("--memory-only", action="store_true", help="disks stay as they are: needs --force")
@@ -304,6 +304,24 @@ def _vm_verbs(verb: _Verb) -> None:
         "--disk", metavar="DISK", action="append", default=[], help="only this disk goes back: needs --force"
     )
     rollback.add_argument("--force", action="store_true", help="mix instants, although that may break file systems")
+
+
+def _lazy_or_eager(verb: argparse.ArgumentParser) -> None:
+    """`lazy`: True, False, or None for what suits."""
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument(
+        "--lazy",
+        action="store_const",
+        const=True,
+        help="at once: memory is restored when it is touched, also for a boot",
+    )
+    which.add_argument(
+        "--eager",
+        action="store_const",
+        const=False,
+        dest="lazy",
+        help="all of its memory is restored before it goes on",
+    )
 
 
 def _regions_verbs(regions: argparse.ArgumentParser) -> None:

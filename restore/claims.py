@@ -39,10 +39,12 @@ FACTS, CLAIMS, PROBLEM_TEXT = "lazy.json", "lazy.claims", "lazy.problem"
 
 SERVER, PHASE, PACE = 1, 2, 3
 PLANNED, PLACED, PLAN_COMPLETE, FAULTS, PREFETCHED, HELD, SERVERS, SLOWEST_US = 8, 9, 10, 11, 12, 13, 14, 15
-INTENT_REGION, INTENT_FIRST, INTENT_COUNT = 16, 17, 18
+INTENT_REGION, INTENT_FIRST, INTENT_COUNT, FETCHED = 16, 17, 18, 19
 LATENCIES, BUCKETS, PER_OCTAVE = 64, 160, 8
 """Histogram of fault latencies: bucket `i` counts those from 2 ** (i / PER_OCTAVE) microseconds on."""
 
+FOR_A_SHARE, AT_ONCE, FAULTS_ONLY = 0, 1, 2
+"""Paces of what nobody waits for: a share of a processor, all that one can do, not at all."""
 STARTING, SERVING, DONE, BROKEN = 0, 1, 2, 3
 """Phases. DONE: nothing is left to place; faults on punched pages are still served. BROKEN: wrong bytes were found."""
 

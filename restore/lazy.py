@@ -1,8 +1,7 @@
-"""The supervisor's side of a lazy restore: makes page servers, gives them their job, and knows how they are.
+"""The supervisor's side of a lazy restore: gives page servers their job, and knows how they are.
 
-A `Standby` is a page server that has no job yet; the first is forked early, later ones are spawned. A `LazyRestore` is
-one restore under way, from the record that it begins to the moment at which the backing files are all there is. Plain
-calls, none of which waits for the guest; one thread at a time, but `status`, which any may call.
+A `LazyRestore` is one restore under way, from the record that it begins to the moment at which the backing files are
+all there is. Plain calls, none of which waits for the guest; one thread at a time, but `status`, which any may call.
 """
 
 from __future__ import annotations
@@ -10,10 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
-import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,77 +19,27 @@ from base.units import PAGE
 from restore import claims as record
 from restore import server
 from restore.claims import Claims
+from restore.nursery import Nursery, spawned
 from restore.server import Job
 from store import leases
 from store.leases import Lease
 from store.records import Generation
 from store.repository import Repository
-from vm.identity import Identity
+from vm.identity import Identity, ended
 
+_END_S = 10.0
 _ANSWER_S = 60.0
 """For a server to be attached; it may have to open an index that others fill."""
-
-
-class Standby:
-    """A process that waits for a job; it ends with `close`, or when its owner does."""
-
-    def __init__(self, pipe: Connection, pidfd: int) -> None:
-        self.pipe, self.pidfd = pipe, pidfd
-
-    @classmethod
-    def fork(cls) -> Standby:
-        """For a process that has one thread and no open LMDB."""
-        ours, theirs = socket.socketpair()
-        pid = os.fork()
-        if pid:
-            theirs.close()
-            return cls(Connection(ours.detach()), os.pidfd_open(pid))
-        status = 1
-        try:
-            ours.close()
-            status = server.main(Connection(theirs.detach()))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-
-    @classmethod
-    def spawn(cls, folder: Path) -> Standby:
-        """`folder`, the VM's, stands among its arguments. Raises VirtualMachineError."""
-        ours, theirs = socket.socketpair()
-        root = str(Path(__file__).resolve().parent.parent)
-        command = [sys.executable, "-P", "-m", "restore.server", str(theirs.fileno()), str(folder)]
-        try:
-            with theirs:
-                child = subprocess.Popen(
-                    command,
-                    env={**os.environ, "PYTHONPATH": root},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
-        except OSError as error:
-            ours.close()
-            raise VirtualMachineError(f"cannot start a page server: {error.strerror or error}") from error
-        standby = cls(Connection(ours.detach()), os.pidfd_open(child.pid))
-        child.returncode = 0  # we wait for it by its pidfd, and it may outlive us
-        return standby
-
-    def close(self) -> None:
-        """One that was not given a job ends."""
-        self.pipe.close()
-        with contextlib.suppress(OSError):
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        os.close(self.pidfd)
 
 
 class LazyRestore:
     """One restore under way. `pidfd` is the server's, readable when it has ended; -1 while there is none."""
 
-    def __init__(self, repository: Repository, job: Job, claims: Claims, folder: Path) -> None:
+    def __init__(
+        self, repository: Repository, job: Job, claims: Claims, folder: Path, nursery: Nursery | None = None
+    ) -> None:
         self._repository, self._job, self.claims, self._folder = repository, job, claims, folder
+        self._nursery = nursery
         self._pipe: Connection | None = None
         self._lease: Lease | None = None
         self.pidfd = -1
@@ -108,28 +53,30 @@ class LazyRestore:
         files: Mapping[str, Path],
         folder: Path,
         working_sets: Path,
-        standby: Standby | None,
+        nursery: Nursery | None,
     ) -> LazyRestore:
         """Before QEMU is started: the record, and a server that gets ready meanwhile. `files`: backing files by region,
         all holes; `folder` is the VM's runtime folder. Raises NotFoundError, StorageError, VirtualMachineError."""
         sizes = {name: (path.name, path.stat().st_size) for name, path in files.items()}
         claims = Claims.create(memory, generation.vm, generation.id, sizes)
-        made = cls(repository, _job(repository, memory, folder, working_sets), claims, folder)
+        made = cls(repository, _job(repository, memory, folder, working_sets), claims, folder, nursery)
         try:
             made._hold(generation)
-            made._send(standby)
+            made._send()
         except BaseException:
             made.abandon()
             raise
         return made
 
     @classmethod
-    def find(cls, repository: Repository, memory: Path, folder: Path, working_sets: Path) -> LazyRestore | None:
+    def find(
+        cls, repository: Repository, memory: Path, folder: Path, working_sets: Path, nursery: Nursery | None
+    ) -> LazyRestore | None:
         """One that an earlier supervisor began; its server may still be there. Raises StorageError, ConflictError."""
         claims = Claims.find(memory)
         if claims is None:
             return None
-        found = cls(repository, _job(repository, memory, folder, working_sets), claims, folder)
+        found = cls(repository, _job(repository, memory, folder, working_sets), claims, folder, nursery)
         with contextlib.suppress(PerdureError):  # forgotten: what is still stored can be served
             found._hold(repository.resolve(claims.facts.generation))
         if claims.served():
@@ -143,7 +90,7 @@ class LazyRestore:
         Raises VirtualMachineError, and what else the server found; it has ended then.
         """
         if self._pipe is None:
-            self._send(None)
+            self._send()
         assert self._pipe is not None
         pipe, self._pipe = self._pipe, None
         try:
@@ -185,7 +132,7 @@ class LazyRestore:
 
     def hurry(self, *, on: bool = True) -> None:
         """Fill as fast as one processor can, or no more than its share of it."""
-        self.claims.set(record.PACE, int(on))
+        self.claims.set(record.PACE, record.AT_ONCE if on else record.FOR_A_SHARE)
 
     def kill(self) -> None:
         """End the server, wherever it is; whoever touches what is missing waits for the next one."""
@@ -198,8 +145,9 @@ class LazyRestore:
         """Let go of a server that has ended, or was killed."""
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
-            with contextlib.suppress(OSError):  # an earlier supervisor's: init reaps it
-                os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            ended(pidfd, _END_S)
+            with contextlib.suppress(OSError):  # the nursery's, or an earlier supervisor's: it is reaped there
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
             os.close(pidfd)
 
     def finish(self) -> None:
@@ -251,11 +199,11 @@ class LazyRestore:
         """A lease of ours: between two servers nobody else holds one."""
         self._lease = self._repository.lease(leases.READER, f"lazy restore of {generation.name}", [generation])
 
-    def _send(self, standby: Standby | None) -> None:
+    def _send(self) -> None:
         """Give a server its job."""
         if self.pidfd >= 0:
             raise ConflictError(f"VM {self.vm} has a page server already")
-        made = standby or Standby.spawn(self._folder)
+        made = (self._nursery and self._nursery.bear()) or spawned(self._folder)
         self._pipe, self.pidfd = made.pipe, made.pidfd
         with contextlib.suppress(OSError):  # it has ended: `serve` says so
             self._pipe.send((self._job, server.material(self._repository.keys)))

@@ -1,9 +1,9 @@
 """The page server as a process: waits for a job, opens the repository, is attached to a QEMU, serves.
 
 It is a process of its own, in a session of its own, so that neither the end of the supervisor nor Ctrl-C ends it, and
-so that it never waits for anything that waits for the guest: not for QMP, not for the supervisor. It can be forked from
-the supervisor before that has threads and an open LMDB, which makes it ready at once, or be started by
-`python -m restore.server`, which takes as long as its imports. Over a pipe it gets, in this order:
+so that it never waits for anything that waits for the guest: not for QMP, not for the supervisor. It is forked
+from a nursery (restore.nursery), which makes it ready at once, or started by `python -m restore.server`, which takes as
+long as its imports. Over a pipe it gets, in this order:
 
     (Job, keys)             it opens the repository, and plans what was touched first in earlier resumes
     (pid, start, boot)      it governs that QEMU's memory, answers ("serving", "") or ("failed", why), and serves
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 
+from base.allocation import keep_freed_memory
 from base.disk import Disk
 from base.errors import ConflictError, PerdureError, VirtualMachineError, one_line
 from restore import claims as record
@@ -58,6 +59,7 @@ def main(pipe: Connection) -> int:
     os.setsid() if os.getsid(0) != os.getpid() else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    keep_freed_memory()
     try:
         job, keys = pipe.recv()
     except (EOFError, ConnectionError):
@@ -66,7 +68,8 @@ def main(pipe: Connection) -> int:
     storage = LocalStorage(Path(job.repository))
     try:
         with _served(job, Keys.from_handover(keys, lambda name: storage.get(name))) as server:
-            server.prepare()
+            while not pipe.poll() and server.get_ready():
+                pass
             return _attached(pipe, server)
     except PerdureError as error:
         print(one_line(error), file=sys.stderr, flush=True)
@@ -85,7 +88,6 @@ def _attached(pipe: Connection, server: PageServer) -> int:
         raise VirtualMachineError(f"QEMU (pid {qemu.pid}) has ended")
     with Userfaultfd.of(qemu.pid, injection.inject_here) as descriptor:
         server.attach(descriptor)
-        server.prefetch()
         with contextlib.suppress(OSError):  # who asked is gone: serving goes on
             pipe.send((SERVING, ""))
         server.serve(process)
@@ -114,16 +116,20 @@ def _served(job: Job, keys: Keys) -> Iterator[PageServer]:
                     raise
 
 
-def _say_into(log: Path) -> None:
+def quiet() -> None:
     """Standard streams away from the supervisor's: they would keep its pipes open after its end."""
     nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    os.close(nothing)
+
+
+def _say_into(log: Path) -> None:
+    quiet()
     with contextlib.suppress(OSError):
         written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         os.dup2(written, 2)
         os.close(written)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
-    os.close(nothing)
 
 
 def start(arguments: list[str]) -> int:

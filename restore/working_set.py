@@ -1,4 +1,4 @@
-"""Which pages a VM touched first in earlier resumes of the same content: what the next resume fetches ahead.
+"""Which pages a VM touched first in earlier resumes of the same content, in their order: the next fetches them ahead.
 
 Local state of this host, one small file for each content that was resumed, named by a hash of the regions' roots (so
 that a generation that equals another one knows its working set), the newest few of them. It only makes resumes faster:
@@ -49,13 +49,14 @@ class WorkingSet:
         self._touched.setdefault(region, []).append(page)
 
     def windows(self, region: str, size: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """What is known of a region: (number of a window of `size` pages, pages in it), ascending."""
+        """What is known of a region: (number of a window of `size` pages, pages in it), those first of which something
+        was touched first."""
         pages = self._known.get(region)
         if pages is not None and len(pages):
             numbers = pages // size
-            cuts = np.flatnonzero(np.diff(numbers)) + 1
-            for part in np.split(pages, cuts):
-                yield int(part[0]) // size, part
+            windows, first = np.unique(numbers, return_index=True)
+            for number in windows[np.argsort(first)].tolist():
+                yield number, pages[numbers == number]
 
     def save(self) -> None:
         """Remember it for the next resume, with what was known before; nothing fails here."""
@@ -63,7 +64,7 @@ class WorkingSet:
             return
         for region, pages in self._touched.items():
             known = self._known.get(region, np.empty(0, np.int64))
-            self._known[region] = np.union1d(known, np.array(pages, np.int64))[:_PAGES_MAX]
+            self._known[region] = _in_order(np.concatenate([known, np.array(pages, np.int64)]))[:_PAGES_MAX]
         self._touched.clear()
         content = msgspec.msgpack.encode({name: pages.astype("<u4").tobytes() for name, pages in self._known.items()})
         with suppress(StorageError, OSError):
@@ -77,6 +78,12 @@ class WorkingSet:
 def _load(path: Path) -> dict[str, NDArray[np.int64]]:
     try:
         found = msgspec.msgpack.decode(path.read_bytes(), type=dict[str, bytes])
-        return {name: np.unique(np.frombuffer(pages, "<u4").astype(np.int64)) for name, pages in found.items()}
+        return {name: _in_order(np.frombuffer(pages, "<u4").astype(np.int64)) for name, pages in found.items()}
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _in_order(pages: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each once, where it stands first."""
+    found: NDArray[np.int64] = pages[np.sort(np.unique(pages, return_index=True)[1])]
+    return found

@@ -26,7 +26,7 @@ from vm.qemu import Qemu
 
 CONNECT_SECONDS = 20
 COMMAND_SECONDS = 30
-_RETRY_SECONDS = 0.01
+_RETRY_SECONDS = 0.002
 _CLOSE_SECONDS = 2
 
 _Result = TypeVar("_Result")

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from base.errors import StorageError, VirtualMachineError
-from capture.choice import probe_facts
+from capture.choice import Facts, probe_facts
 from capture.journal import Journal
 from capture.tracking import start_tracking
 from perdure.supervision import lazily, leftovers
@@ -66,8 +66,9 @@ class Launcher:
         """The QEMU of an earlier supervisor, if it still runs."""
         return Qemu.find(self.folder)
 
-    async def launch(self, prepared: Prepared, elsewhere: Elsewhere) -> Machine:
-        """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin, or go on.
+    async def launch(self, prepared: Prepared, elsewhere: Elsewhere, *, after: int | None = None) -> Machine:
+        """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin, or go on. `after`: the
+        process of a QEMU in whose place it comes, and which is ending.
 
         What is written into memory while the state of the devices is loaded, as a new generation id, counts as
         changed: trackers are armed before. Raises VirtualMachineError and others; the memory is given back then and no
@@ -82,8 +83,8 @@ class Launcher:
                 incoming=prepared.devices is not None,
                 fillings=self.disks.fillings(),
             )
-            facts = _Facts(prepared.platform, prepared.memory.folder.name, prepared.accelerator_reason)
-            qemu = await elsewhere(lambda: Qemu.launch(self.folder, argv, self.local.disk, _encode(facts)))
+            noted = _encode(_Facts(prepared.platform, prepared.memory.folder.name, prepared.accelerator_reason))
+            qemu = await elsewhere(lambda: Qemu.launch(self.folder, argv, self.local.disk, noted, after))
         except BaseException:
             await elsewhere(prepared.discard)
             raise
@@ -95,9 +96,10 @@ class Launcher:
             table = RegionTable.from_tags(
                 self.local.table(prepared.memory.folder), self.description.name, self.local.devices(addresses), tags
             )
+            facts = await _facts_of(qemu, monitor)
             if prepared.lazy is not None:
-                await asyncio.to_thread(prepared.lazy.serve, qemu.record.identity)
-            machine = await self._attach(qemu, monitor, addresses, table, prepared, elsewhere)
+                await lazily.serve(prepared.lazy, qemu, facts)
+            machine = await self._attach(qemu, monitor, addresses, table, prepared, facts, elsewhere)
             if prepared.devices is None:
                 await elsewhere(lambda: _verify_empty(prepared.memory, table))
             else:
@@ -139,7 +141,9 @@ class Launcher:
         """Take over a QEMU that an earlier supervisor started. Raises VirtualMachineError; QEMU is left as it is."""
         facts = _decode(qemu)
         memory = self.local.existing_memory(self.folder.path / facts.memory)
-        lazy = LazyRestore.find(repository, memory.folder, self.folder.path, self.local.working_sets)
+        lazy = LazyRestore.find(
+            repository, memory.folder, self.folder.path, self.local.working_sets, self.local.nursery
+        )
         monitor: Monitor | None = None
         try:
             if lazy is not None:  # first: QEMU may wait for a page, and its monitor with it
@@ -161,7 +165,8 @@ class Launcher:
             parent = await elsewhere(lambda: self.local.parent(repository))
             parent = max((*bases.values(), *([parent] if parent else ())), key=lambda each: each.number, default=None)
             found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings, lazy=lazy)
-            return await self._attach(qemu, monitor, addresses, table, found, elsewhere, journal, bases)
+            seen = await _facts_of(qemu, monitor)
+            return await self._attach(qemu, monitor, addresses, table, found, seen, elsewhere, journal, bases)
         except BaseException as error:
             if monitor is not None:
                 await monitor.disconnect()
@@ -200,6 +205,7 @@ class Launcher:
         addresses: AddressMap,
         table: RegionTable,
         prepared: Prepared,
+        facts: Facts,
         elsewhere: Elsewhere,
         journal: Journal | None = None,
         bases: dict[str, Generation] | None = None,
@@ -209,13 +215,6 @@ class Launcher:
         status = await monitor.query_status()
         launched = status in ("prelaunch", "inmigrate")
         journal = journal or self.local.journal(qemu.record.identity)
-        listed = [
-            each["type"]
-            for path in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
-            for each in await monitor.execute("qom-list", path=path)
-        ]
-        nodes = await monitor.execute("query-named-block-nodes", flat=True)
-        networks = await monitor.human("info network")
         captured = disks.captured(self.description)
         followed = [name for name in prepared.memory.files if name != RAM or prepared.devices or name in (bases or {})]
         files = {name: prepared.memory.files[name].path for name in followed}
@@ -227,7 +226,7 @@ class Launcher:
                 self.description.name,
                 qemu.record.identity,
                 files,
-                probe_facts(qemu.pid, devices=listed, block_nodes=nodes, networks=networks),
+                facts,
                 journal,
                 wanted=self.description.policy.tracker,
                 running=status == "running",
@@ -259,6 +258,18 @@ class Launcher:
             note_parent=self.local.note_parent,
             lazy=prepared.lazy,
         )
+
+
+async def _facts_of(qemu: Qemu, monitor: Monitor) -> Facts:
+    """What it depends on whether this QEMU's memory can be followed, and served."""
+    listed = [
+        each["type"]
+        for path in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
+        for each in await monitor.execute("qom-list", path=path)
+    ]
+    nodes = await monitor.execute("query-named-block-nodes", flat=True)
+    networks = await monitor.human("info network")
+    return probe_facts(qemu.pid, devices=listed, block_nodes=nodes, networks=networks)
 
 
 def _verify_empty(memory: Memory, table: RegionTable) -> None:

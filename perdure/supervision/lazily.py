@@ -13,19 +13,75 @@ from typing import TYPE_CHECKING
 
 from base.errors import ConflictError, IntegrityError, PerdureError, StorageError, VirtualMachineError, one_line
 from base.units import format_size
+from capture.choice import Facts, Kernel, kernel_obstacle, obstacle
 from restore import claims
 from restore.lazy import LazyRestore
+from store.records import Generation
+from vm.config import Description
 from vm.mappings import shared_mappings
 from vm.qemu import Qemu
 from vm.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
     from perdure.supervision.machine import Machine
+    from perdure.supervision.preparing import Prepared
     from perdure.supervision.supervisor import Supervisor
 
+_MUCH_BYTES = 256 << 20
+"""Of persistent memory, some 0.3 s to restore: more is served to a guest that boots."""
 _LOOK_S = 0.1
 _AGAIN_S = 1.0
 """Between attempts to start a page server, if one fails."""
+
+
+def suits(
+    description: Description, generation: Generation, *, resumes: bool, wanted: bool | None
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether memory is to be served when it is touched, and what to say where that was to be expected and is not.
+
+    Where the user leaves it open (None): whenever a VM is resumed, and for boots with much persistent memory; not if a
+    hook is to look at memory before the guest does.
+    """
+    much = sum(each.kept_bytes for each in generation.regions.values() if each.kind == "pmem") >= _MUCH_BYTES
+    if wanted is False or (wanted is None and not resumes and not much):
+        return False, ()
+    if wanted is None and description.hooks.before_boot:
+        return False, ()
+    problem = kernel_obstacle(Kernel.probe())
+    return problem is None, () if problem is None else (f"memory is restored before the guest begins: {problem}",)
+
+
+class NotLazyError(VirtualMachineError):
+    """This QEMU's memory cannot be served; the message says why."""
+
+
+async def serve(lazy: LazyRestore, qemu: Qemu, facts: Facts) -> None:
+    """First touches of a fresh QEMU's memory are answered then. Raises NotLazyError, and what the server found."""
+    problem = obstacle(facts)
+    if problem is not None:
+        raise NotLazyError(problem)
+    try:
+        await asyncio.to_thread(lazy.serve, qemu.record.identity)
+    except VirtualMachineError as error:
+        raise NotLazyError(str(error)) from error
+
+
+async def launch(
+    supervisor: Supervisor, prepared: Prepared, *, after: int | None = None, ending: asyncio.Task[None] | None = None
+) -> tuple[Machine, Prepared]:
+    """Launch what was prepared; where its memory cannot be served, once more, restored before. Gives what it was then.
+
+    `ending`: an earlier QEMU's end, with whose memory there is no room for all of it. Raises what a launch raises.
+    """
+    launcher, preparation = supervisor.launcher, supervisor.preparation
+    try:
+        return await launcher.launch(prepared, supervisor.in_store, after=after), prepared
+    except NotLazyError as error:
+        supervisor.say(f"{supervisor.vm}: memory is restored before the guest begins: {one_line(error)}")
+    if ending is not None:
+        await asyncio.wait([ending])
+    again = await supervisor.in_store(lambda: preparation.eagerly(supervisor.repository, prepared, supervisor.progress))
+    return await launcher.launch(again, supervisor.in_store), again
 
 
 async def take_over(lazy: LazyRestore, qemu: Qemu) -> None:

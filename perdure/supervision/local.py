@@ -16,6 +16,7 @@ from base.errors import ConflictError, NotFoundError, StorageError
 from capture.journal import Journal
 from perdure.disks.images import Disks
 from perdure.supervision.measurements import measure
+from restore.nursery import Nursery
 from store.records import Generation
 from store.repository import Repository
 from vm.addresses import AddressMap
@@ -44,6 +45,8 @@ class Local:
         self.disk = Disk()
         self.disks = Disks(description, folder, state, clone=clone)
         self.measurements = measure(description)
+        self.nursery: Nursery | None = None
+        """Makes page servers at once; without it, each takes as long as its imports."""
 
     @property
     def name(self) -> str:

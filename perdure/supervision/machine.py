@@ -280,12 +280,21 @@ class Machine:
 
     async def quit(self) -> None:
         """End QEMU and give back its memory."""
+        await self.end()
+        await self.ended()
+
+    async def end(self) -> None:
+        """Have QEMU end; when this returns it has let go of sockets, disks and networks, and takes down its memory."""
         await self._stop_tasks()
-        with suppress(PerdureError):
+        with suppress(PerdureError, TimeoutError):
             await self.monitor.execute("quit", timeout_s=_QUIT_SECONDS)
+            await asyncio.wait_for(self.monitor.wait_lost(), _QUIT_SECONDS)
         self.holds.__exit__(None, None, None)
         await self.monitor.disconnect()
         self.tracking.close()
+
+    async def ended(self) -> None:
+        """After `end`: wait until the process is gone, and give back its memory. Raises StorageError."""
         if not await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
             await asyncio.to_thread(self.qemu.kill)
         self.qemu.close()

@@ -12,11 +12,11 @@ from base.errors import ConflictError, PerdureError
 from base.progress import Progress
 from base.units import format_size
 from perdure.disks.state import TOKEN, disks_of
-from perdure.supervision import heads, resuming
+from perdure.supervision import heads, lazily, resuming
 from perdure.supervision.local import Local
 from perdure.supervision.measurements import compare
 from restore.eager import Restored, read_devices, require_same_regions, restore_regions
-from restore.lazy import LazyRestore, Standby
+from restore.lazy import LazyRestore
 from store.records import Generation
 from store.repository import Repository
 from vm import accelerator, firmware
@@ -39,6 +39,8 @@ class Prepared:
     warnings: tuple[str, ...]
     devices: bytes | None = None
     lazy: LazyRestore | None = None
+    served: bool = False
+    """Memory is to be served from `parent`, once history has it."""
 
     @property
     def summary(self) -> str:
@@ -62,17 +64,10 @@ class Prepared:
 
 
 class Preparation:
-    """Prepares launches of one VM, one after the other. `standby`: a page server for the next lazy restore; without it,
-    that has to start one first."""
+    """Prepares launches of one VM, one after the other."""
 
-    def __init__(self, local: Local, standby: Standby | None = None) -> None:
-        self.local, self._description, self._standby = local, local.description, standby
-
-    def close(self) -> None:
-        """Let go of what was made ready and not used."""
-        if self._standby is not None:
-            self._standby.close()
-            self._standby = None
+    def __init__(self, local: Local) -> None:
+        self.local, self._description = local, local.description
 
     def prepare(
         self,
@@ -82,15 +77,15 @@ class Preparation:
         replaces: Memory | None = None,
         *,
         boot: bool = False,
-        lazy: bool = False,
+        lazy: bool | None = False,
     ) -> Prepared:
         """Blocking: new backing files with the content of a generation, verified; empty ones for None. The memory
         that they replace, if any, is released before they are launched.
 
         A full generation is resumed, unless it is to `boot`: then it gives its persistent memory only. QEMU is found
-        first: without one, nothing has to be restored. `lazy`: of a full one the memory is not restored but served when
-        it is touched. Raises ConflictError, IntegrityError, StorageError,
-        VirtualMachineError: nothing is left then.
+        first: without one, nothing has to be restored. `lazy`: memory is not restored but served when it is touched;
+        None: where that suits. Raises ConflictError, IntegrityError, StorageError, VirtualMachineError: nothing is left
+        then.
         """
         resumed = generation if generation is not None and generation.full and not boot else None
         self.local.folder.create()
@@ -104,18 +99,21 @@ class Preparation:
         )
         try:
             restored = devices = begun = None
+            served = False
             if generation is not None:
-                paths = {name: file.path for name, file in memory.files.items() if name != RAM or resumed is not None}
-                if lazy and resumed is not None:
-                    restored, begun = self._begin_lazily(repository, resumed, memory, paths)
-                else:
+                served, why = lazily.suits(self._description, generation, resumes=resumed is not None, wanted=lazy)
+                problems = (*problems, *why)
+                if not served:
+                    paths = _restored_paths(memory, resumes=resumed is not None)
                     restored = restore_regions(repository, generation, paths, progress)
+                elif resumed is not None or not generation.full:
+                    restored, begun = self._begin_lazily(repository, generation, memory)
                 if resumed is not None:
                     devices = read_devices(repository, resumed)
-                elif generation.full:
+                elif generation.full and not served:
                     heads.scrub_to_kept(memory, generation)
             warnings = (*memory.warnings, *problems)
-            return Prepared(memory, platform, reason, generation, restored, warnings, devices, begun)
+            return Prepared(memory, platform, reason, generation, restored, warnings, devices, begun, served)
         except BaseException:
             if begun is not None:
                 begun.abandon()
@@ -170,7 +168,26 @@ class Preparation:
         else:
             prepared = replace(prepared, parent=heads.of_several(repository, mixed))
         self.local.disks.serve(repository)
+        if prepared.served and prepared.lazy is None and prepared.parent is not None:
+            restored, begun = self._begin_lazily(repository, prepared.parent, prepared.memory)
+            prepared = replace(prepared, restored=restored, lazy=begun)
         return prepared
+
+    def eagerly(self, repository: Repository, prepared: Prepared, progress: Progress) -> Prepared:
+        """Blocking: the same again in place of one that could not be launched lazily: new memory, all of it restored.
+
+        Raises what `prepare` raises.
+        """
+        assert prepared.parent is not None
+        memory = Memory.prepare(self.local.name, self.local.free_memory_folder(), self._description.backing_sizes)
+        try:
+            paths = _restored_paths(memory, resumes=prepared.devices is not None)
+            restored = restore_regions(repository, prepared.parent, paths, progress)
+        except BaseException:
+            with suppress(PerdureError):
+                memory.release()
+            raise
+        return replace(prepared, memory=memory, restored=restored, lazy=None, served=False)
 
     def _head(self, repository: Repository, prepared: Prepared, drop_disks: bool) -> Prepared:
         name = self.local.name
@@ -189,14 +206,15 @@ class Preparation:
         return replace(prepared, parent=heads.again(repository, name, prepared.parent)) if older else prepared
 
     def _begin_lazily(
-        self, repository: Repository, generation: Generation, memory: Memory, paths: dict[str, Path]
+        self, repository: Repository, generation: Generation, memory: Memory
     ) -> tuple[Restored, LazyRestore]:
         """A page server gets ready while QEMU starts."""
+        paths = _restored_paths(memory, resumes=RAM in generation.regions)
         require_same_regions(generation, paths)
         files = {name: path for name, path in paths.items() if name in generation.regions}
-        standby, self._standby = self._standby, None
+        local = self.local
         lazy = LazyRestore.begin(
-            repository, generation, memory.folder, files, self.local.folder.path, self.local.working_sets, standby
+            repository, generation, memory.folder, files, local.folder.path, local.working_sets, local.nursery
         )
         return Restored(generation, 0, 0, 0.0, 0.0), lazy
 
@@ -219,6 +237,11 @@ class Preparation:
             generation_id=machine.startswith("pc-") and processes.has_device(description.name, binary, "vmgenid"),
         )
         return platform, chosen.reason
+
+
+def _restored_paths(memory: Memory, *, resumes: bool) -> dict[str, Path]:
+    """Backing files by region; main memory is empty where a VM boots."""
+    return {name: file.path for name, file in memory.files.items() if name != RAM or resumes}
 
 
 def _memory_bytes(generation: Generation) -> int:

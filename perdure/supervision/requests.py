@@ -139,7 +139,7 @@ class Requests:
             memory_only=bool(arguments.get("memory_only")),
             disks=tuple(str(each) for each in arguments.get("disks", ())),
             force=bool(arguments.get("force")),
-            lazy=bool(arguments.get("lazy")),
+            lazy=None if arguments.get("lazy") is None else bool(arguments["lazy"]),
         )
         if arguments.get("dry_run"):
             return await self._supervisor.preview(wanted)
@@ -148,6 +148,7 @@ class Requests:
             **documents.point(done.generation),
             "goes_on_as": done.head.number,
             "resumed": done.head.full,
+            "lazy": done.lazy,
             "captured": _number(done.captured),
         }
 

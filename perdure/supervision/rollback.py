@@ -13,10 +13,11 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from base.errors import ConflictError, NotFoundError, UsageError
+from base.errors import ConflictError, NotFoundError, PerdureError, UsageError, one_line
 from base.progress import Progress
 from capture.generation import Captured
 from perdure.disks.state import disks_of
+from perdure.supervision import lazily
 from perdure.supervision.execution import Execution
 from perdure.supervision.heads import Mixed
 from perdure.supervision.machine import Machine
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Rollback:
     """What is wanted. `memory_only`: the disks stay as they are; `disks`: only these go back, and the rest stays.
-    `lazy`: where it is resumed, memory comes as it is touched."""
+    `lazy`: memory comes as it is touched; None: where that suits."""
 
     point: str
     discard: bool = False
@@ -38,7 +39,7 @@ class Rollback:
     memory_only: bool = False
     disks: tuple[str, ...] = ()
     force: bool = False
-    lazy: bool = False
+    lazy: bool | None = None
 
     @property
     def mixes(self) -> bool:
@@ -48,11 +49,13 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """What was done: the generation gone back to, the one that history goes on from, what was captured before."""
+    """What was done: the generation gone back to, the one that history goes on from, what was captured before, and
+    whether memory comes as it is touched."""
 
     generation: Generation
     head: Generation
     captured: Captured | None
+    lazy: bool
 
 
 def require_sense(generation: Generation, wanted: Rollback) -> None:
@@ -117,15 +120,24 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         await supervisor.go_on(machine)
         raise
     supervisor.state = "rolling back"
-    await supervisor.quit_machine(machine)
+    await supervisor.end_machine(machine)
+    ending = asyncio.create_task(machine.ended())  # which takes as long as its memory is large
     try:
-        await supervisor.follow(await supervisor.launcher.launch(head, supervisor.in_store))
+        if head.lazy is None:  # else there is room for what is touched meanwhile
+            await asyncio.wait([ending])
+        following, head = await lazily.launch(supervisor, head, after=machine.pid, ending=ending)
+        await supervisor.follow(following)
     except BaseException as error:  # there is no VM any more: the next run launches it from `head`
+        await asyncio.wait([ending])
         supervisor.fail(error)
         raise
+    try:
+        await ending
+    except PerdureError as error:  # memory that is lost to the host until somebody unmounts it
+        supervisor.say(f"{supervisor.vm}: {one_line(error)}")
     what = f"disk {', '.join(wanted.disks)} of {generation.name}" if wanted.disks else generation.name
-    supervisor.say(f"rolled back to {what}: {prepared.summary}")
-    return RolledBack(generation, head.parent or generation, captured)
+    supervisor.say(f"rolled back to {what}: {head.summary}")
+    return RolledBack(generation, head.parent or generation, captured, head.lazy is not None)
 
 
 async def _capture(supervisor: Supervisor, machine: Machine, *, full: bool) -> Captured:

@@ -24,7 +24,7 @@ from perdure.supervision.local import Local
 from perdure.supervision.preparing import Preparation
 from perdure.supervision.speaker import Speaker
 from perdure.supervision.supervisor import Ended, Supervisor
-from restore.lazy import Standby
+from restore.nursery import Nursery
 from store.records import Generation
 from store.repository import Repository
 from vm.config import Description, load
@@ -57,14 +57,14 @@ def _run(options: Namespace, output: Output, description: Description | None, pa
     All processes are forked before there is a speaker, and its last words wait for a reader when nothing else does.
     """
     stream = sys.stderr if output.json else sys.stdout
-    standby = Standby.fork() if options.lazy else None  # before there are threads, and an open LMDB
     local = None if options.clone or description is None else _local_files(description)
-    with ExitStack() as last, opened(path, workers=True, progress=output.progress()) as repository:
+    with ExitStack() as last:
+        nursery = last.enter_context(Nursery.fork())  # before there are threads, and an open LMDB
+        repository = last.enter_context(opened(path, workers=True, progress=output.progress()))
         if local is None:
             local = _local_files(described_copy(options, repository, description), clone=True)
         found = local
-        preparation = Preparation(found, standby)
-        last.callback(preparation.close)
+        found.nursery = nursery
         speaker = last.enter_context(Speaker(stream.fileno(), output.progress()))
         say = _nothing if output.quiet else speaker.say
 
@@ -80,7 +80,7 @@ def _run(options: Namespace, output: Output, description: Description | None, pa
         boot = True if options.boot else False if options.point else None
 
         async def supervise() -> Ended:
-            supervisor = Supervisor(preparation, repository, say, speaker.progress)
+            supervisor = Supervisor(Preparation(found), repository, say, speaker.progress)
             return await supervisor.run(begin, boot=boot, lazy=options.lazy)
 
         return asyncio.run(supervise()), found.name

@@ -84,7 +84,7 @@ class Supervisor:
         self.vm = local.name
         self.state = "starting"
         self.began = time.time()
-        self._progress = progress
+        self.progress = progress
         self.operation = asyncio.Lock()
         self._store = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -108,10 +108,10 @@ class Supervisor:
             raise ConflictError(f"VM {self.vm} is {self.state}: try again in a moment")
         return self._machine
 
-    async def run(self, begin: Begin, *, boot: bool | None = None, lazy: bool = False) -> Ended:
+    async def run(self, begin: Begin, *, boot: bool | None = None, lazy: bool | None = None) -> Ended:
         """Supervise until the VM ends or this process is told to leave it. `boot`: whether a launch from a full
         generation is not to resume it; None: as its disks have gone on since, if it has some. `lazy`: whether memory is
-        restored when it is touched.
+        restored when it is touched; None: where that suits (perdure.supervision.lazily).
 
         Raises LockedError if the VM has a supervisor; nothing of it is touched before that is known.
         """
@@ -198,7 +198,7 @@ class Supervisor:
                 lambda: preview(self.preparation, self.repository, self.own(wanted.point), wanted, machine, held=held)
             )
 
-    async def _start(self, begin: Begin, boot: bool | None, *, lazy: bool) -> None:
+    async def _start(self, begin: Begin, boot: bool | None, *, lazy: bool | None) -> None:
         qemu = self.launcher.find()
         if qemu is not None and not await self.launcher.began(qemu):
             unborn, qemu = qemu, None
@@ -214,7 +214,7 @@ class Supervisor:
         else:
             await self._launch(generation, boot, lazy=lazy)
 
-    async def _launch(self, generation: Generation | None, boot: bool | None, *, lazy: bool) -> None:
+    async def _launch(self, generation: Generation | None, boot: bool | None, *, lazy: bool | None) -> None:
         if boot is None:
             with_disks = generation is not None and generation.full and bool(disks_of(generation))
             boot = generation is not None and with_disks and not self.local.disks.pristine(generation)
@@ -232,7 +232,7 @@ class Supervisor:
             )
             raise IntegrityError(error.object, problem, offset=error.offset, chunk=error.chunk) from error
         prepared = await self.in_store(lambda: self.preparation.go_on_from(self.repository, prepared))
-        machine = await self.launcher.launch(prepared, self.in_store)
+        machine, prepared = await lazily.launch(self, prepared)
         await self.follow(machine)
         for warning in prepared.warnings:
             self.say(f"warning: {warning}")
@@ -289,7 +289,7 @@ class Supervisor:
             self.say(f"{self.vm}: {machine.last_words()}")
             await self._end_filling()
             await machine.disconnect()
-            saved = await self.in_store(lambda: leftovers.salvage(self.local, self.repository, self._progress))
+            saved = await self.in_store(lambda: leftovers.salvage(self.local, self.repository, self.progress))
             if saved is not None:
                 self.say(documents.made_text(saved.generation, saved.seconds)[0] + " (crash)")
             self._end(Ended("QEMU ended", failed=True, generation=saved.generation.number if saved else None))
@@ -387,7 +387,7 @@ class Supervisor:
                 metadata=facts,
                 limits=self.limits,
                 pauses=machine.pauses,
-                progress=progress or self._progress,
+                progress=progress or self.progress,
             )
 
         async with self.filling.paused(while_=disks is not None) if self.filling is not None else nullcontext():
@@ -431,12 +431,17 @@ class Supervisor:
             await machine.cont()
 
     async def quit_machine(self, machine: Machine) -> None:
+        await self.end_machine(machine)
+        await machine.ended()
+
+    async def end_machine(self, machine: Machine) -> None:
+        """Another QEMU may be launched then; `machine.ended` is still to be waited for."""
         self._machine = None
         for task in (self._watcher, self._lazy):
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
         await self._end_filling()
-        await machine.quit()
+        await machine.end()
 
     async def _end_filling(self) -> None:
         if self.filling is not None:
@@ -479,7 +484,7 @@ class Supervisor:
         """Progress of a start, which is interrupted where it reports: what it has made is taken back then."""
         if self._leaving is not None:
             raise _LeavingError(f"VM {self.vm}: interrupted")
-        self._progress(what, done, total)
+        self.progress(what, done, total)
 
     def _end(self, ended: Ended) -> None:
         self.state = "ended"
