@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from supervised import NAME, SECONDS, Image, Supervised
 from test_full import ORDINARY, full, goes_on, judged, nothing_is_left, walked
-from test_survival import Lender, boot, content, reboot, write
+from test_survival import Lender, await_boot, boot, content, only, reboot, write
 
 from restore import claims as record
 
@@ -179,3 +179,25 @@ def test_run_resumes_lazily_after_power_loss(vm: Supervised) -> None:
     all_there(vm)
     assert vm.guest.run(f"holds('kept', {area.size}, 10)")
     judged(vm)
+
+
+def test_a_guest_boots_at_once_and_finds_what_is_tagged_and_nothing_else(vm: Supervised) -> None:
+    """From a full generation, which has what is not tagged as well, and from what history goes on from after that."""
+    area = write(vm, "kept", 11)
+    vm.guest.run("_, loose = untagged(2 << 20); loose[:] = b'secret01' * (len(loose) // 8)")
+    point, expected = f"{NAME}@{full(vm)['generation']}", b""
+    for words in (("--boot",), ()):
+        before, boots = vm.guest.boot_id, vm.boots
+        done = vm.perdure("rollback", point, "--lazy", "--discard", *words)
+        assert (done["resumed"], done["lazy"]) == (False, True)
+        assert vm.boots == boots + 1
+        with vm.before_boot() as found:  # which the judge has touched first of all
+            expected = expected or only(found["pm0"], area)
+            assert found["pm0"][:] == expected
+            assert area.of(expected) == content(11)
+            assert found["ram"].find(b"secret01") < 0
+        await_boot(vm, before)
+        assert vm.guest.run(f"holds('kept', {area.size}, 11)")
+        all_there(vm)
+        point = f"{NAME}@{done['goes_on_as']}"
+    assert not vm.perdure("rollback", point, "--eager", "--discard")["lazy"]
