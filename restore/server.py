@@ -15,6 +15,7 @@ through the pipe alone, without the signing key.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ def main(pipe: Connection) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     keep_freed_memory()
+    gc.freeze()  # what is loaded stays; looking through it takes 20 ms, in which somebody may wait
     try:
         job, keys = pipe.recv()
     except (EOFError, ConnectionError):

@@ -31,6 +31,7 @@ class Execution:
 
     def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop, *, leave_stopped: bool = False) -> None:
         self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
+        self._left_stopped = False
 
     def runs(self) -> bool:
         """See capture.pause.Execution, for this and the others."""
@@ -43,12 +44,15 @@ class Execution:
         _wait(self._loop, migration.prepare(self._machine.monitor))
 
     def stop(self) -> None:
+        if self._left_stopped:  # by a round before: in one stop, QEMU saves its devices only once
+            _wait(self._loop, self._machine.go_on())
         _wait(self._loop, self._machine.stop())
 
     def device_state(self) -> int:
         return _wait(self._loop, self._machine.device_state())
 
     def cont(self) -> None:
+        self._left_stopped = self._leave_stopped
         if not self._leave_stopped:
             _wait(self._loop, self._machine.go_on())
 
