@@ -29,8 +29,9 @@ from base.extents import Extents
 from base.progress import Progress, silent
 from capture.disks import DiskRead, Disks, recorded, store_disks
 from capture.journal import Journal
+from capture.making import Making
 from capture.pause import Execution, Limits, PauseModel, Stopped, pause
-from capture.sources import CapturedRegion, Source, open_source
+from capture.sources import CapturedRegion, Source
 from store.records import Generation
 from store.repository import Repository
 from store.writer import GenerationWriter
@@ -67,31 +68,28 @@ def capture(
     metadata: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     pauses: PauseModel | None = None,
+    making: Making | None = None,
     progress: Progress = silent,
 ) -> Captured:
     """Make one generation. `execution` None: the guest is held and stays so. `parent`: the generation that this one
     follows, None if there is none. `full`: with all of the `regions`, which have main memory among them, and the state
     of the devices; not of a held guest. `disks` are captured as of the same instant. `limits` of what a running guest
-    may be stopped for; `pauses`: what is known of this VM's, and learns.
+    may be stopped for; `pauses`: what is known of this VM's, and learns. `making`: what was stored ahead; it is
+    used, if it still serves, and closed in any case.
 
     Raises StorageError, IntegrityError, WorkerError, VirtualMachineError, ConflictError (the limits cannot be kept):
     nothing was committed, the guest runs on.
     """
     began = time.monotonic()
-    repository.refresh()
-    if parent is not None and not repository.has(parent):
-        parent = None  # forgotten meanwhile: nothing is known of what there is, so all of it is looked at
+    bases = {each.name: each.base for each in regions if each.base is not None}
+    bases |= {each.region: each.base for each in (disks.captured if disks is not None else ()) if each.base is not None}
+    if making is not None and not making.serves(parent, bases):
+        making.close()
+        making = None
     with ExitStack() as stack:
-        bases = {each.name: each.base for each in regions if each.base is not None and repository.has(each.base)}
-        for disk in disks.captured if disks is not None else ():
-            if disk.base is not None and repository.has(disk.base):
-                bases[disk.region] = disk.base
-        writer = stack.enter_context(repository.writer(vm, parent, bases))
-        sources = []
-        for region in regions:
-            known = region.name in bases
-            base = bases.get(region.name, parent)
-            sources.append(open_source(stack, writer, region, base, known=known, full=full))
+        making = stack.enter_context(making or Making(repository, vm, parent, bases))
+        writer, parent, bases = making.writer, making.parent, making.bases
+        sources = making.open(regions, full=full)
         journal.begin_collect(region.name for region in regions)
         facts = {**(metadata or {}), "kept": _kept(regions)}
         read: dict[str, DiskRead] = {}

@@ -33,6 +33,8 @@ _PRIVATE_COPY_MAX = 256 << 20
 the guest stands still, which bounds memory."""
 _DRAIN_ABOVE = 4 << 20
 """Dirty bytes above which a round of storing while the guest runs makes the pause shorter."""
+_LAST_ROUND_SECONDS = 0.2
+"""What the last round before the pause takes, roughly."""
 _LEARN = 0.5
 _LEARN_FROM = 1 << 20
 """Bytes: copying less says nothing about how fast it goes."""
@@ -109,6 +111,12 @@ class Stopped:
     longest_ms: float = 0.0
     rounds: int = 0
     devices: int | None = None
+
+
+def expected_ms(model: PauseModel, dirty: int, dirty_rate: float, *, full: bool) -> float:
+    """The pause of a capture that began now: rounds bring down what is dirty, as far as the guest lets them."""
+    left = max(_DRAIN_ABOVE, dirty_rate * _LAST_ROUND_SECONDS)
+    return model.expected_ms(int(min(dirty, left)), full=full)
 
 
 class _Copy:
@@ -282,7 +290,7 @@ def _expected(sources: Sequence[Source]) -> int:
     """Bytes that are to be copied, as far as they are dirty by now; nothing is cleared for it."""
     expected = 0
     for source in sources:
-        fresh = source.region.tracker.peek() if source.followed else None
+        fresh = source.region.tracker.peek().fresh if source.followed else None
         if source.followed:
             expected += ranges.total(ranges.union(source.pending, ranges.EMPTY if fresh is None else fresh))
         else:

@@ -6,7 +6,6 @@ Belongs to the thread of the writer.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,21 +51,56 @@ class Source:
         except OSError as error:
             raise StorageError.from_os(error, str(region.path), "open") from error
 
+    @classmethod
+    def begin(
+        cls, writer: GenerationWriter, region: CapturedRegion, base: Generation | None, *, known: bool, full: bool
+    ) -> Source:
+        """Begin a region: what is new in it since its base is to be looked at, what is not in it any more becomes zero.
+
+        All is looked at where it is not `known` what changed since the base, and where something of that is lost:
+        memory still has it. Raises StorageError.
+        """
+        content = _content(region, full=full)
+        draft = writer.region(region.name, region.kind, region.length, kept_bytes=ranges.total(content))
+        before = ranges.EMPTY if base is None else content_of(base, region.name)
+        writer.clear(draft, ranges.subtract(before, content))
+        pending = content if not known or draft.anew else ranges.subtract(content, before)
+        return cls(region, draft, content, pending)
+
+    def serves(self, region: CapturedRegion) -> bool:
+        """Whether a capture of that region can go on from here: the same memory, followed by the same tracker."""
+        ours = self.region
+        return region.tracker is ours.tracker and (region.path, region.length) == (ours.path, ours.length)
+
+    def go_on(self, writer: GenerationWriter, region: CapturedRegion, *, full: bool) -> None:
+        """As it is to be captured now: what belongs to it may be something else than when it was begun."""
+        content = _content(region, full=full)
+        writer.clear(self.draft, ranges.subtract(self.content, content))
+        self.pending = ranges.union(ranges.intersect(self.pending, content), ranges.subtract(content, self.content))
+        self.draft.kept_bytes = ranges.total(content)
+        self.region, self.content = region, content
+
     def close(self) -> None:
         os.close(self.descriptor)
 
-    def collect(self, *, running: bool) -> None:
-        """Ask the tracker; the first time all since the baseline is pending, later what came since."""
+    def collect(self, *, running: bool) -> Extents:
+        """Ask the tracker; the first time all since the baseline is pending, later what came since. Gives that."""
         found = self.region.tracker.collect(running=running, known=self.content)
         changed = found.fresh if self._asked else found.extents
         changed = self.content if changed is None else ranges.intersect(changed, self.content)
         self._asked = True
         self.pending = ranges.union(self.pending, changed)
+        return changed
 
     def store(self, writer: GenerationWriter, progress: Progress) -> None:
         """Put what is pending into packs, from where it lies."""
         writer.replace(self.draft, self.descriptor, self.pending, progress)
         self.pending = ranges.EMPTY
+
+    def store_some(self, writer: GenerationWriter, extents: Extents) -> None:
+        """Put some of what is pending into packs, from where it lies."""
+        writer.replace(self.draft, self.descriptor, extents, here=True)
+        self.pending = ranges.subtract(self.pending, extents)
 
     def store_from(self, writer: GenerationWriter, copy: int) -> None:
         """Put what is pending into packs, from a copy of it at the same offsets of another file."""
@@ -93,31 +127,6 @@ class Source:
         return ranges.total(self.present)
 
 
-def open_source(
-    stack: ExitStack,
-    writer: GenerationWriter,
-    region: CapturedRegion,
-    base: Generation | None,
-    *,
-    known: bool,
-    full: bool,
-) -> Source:
-    """Begin a region: what is new in it since its base is to be looked at, what is not in it any more becomes zero.
-
-    All is looked at where it is not `known` what changed since the base, and where something of that is lost: memory
-    still has it.
-    """
-    everything = ranges.normalise([(0, region.length)])
-    content = everything if full else region.kept
-    draft = writer.region(region.name, region.kind, region.length, kept_bytes=ranges.total(content))
-    before = ranges.EMPTY if base is None else content_of(base, region.name)
-    writer.clear(draft, ranges.subtract(before, content))
-    pending = content if not known or draft.anew else ranges.subtract(content, before)
-    source = Source(region, draft, content, pending)
-    stack.callback(source.close)
-    return source
-
-
 def content_of(generation: Generation, name: str) -> Extents:
     """What of a region a generation has."""
     region = generation.regions.get(name)
@@ -126,3 +135,8 @@ def content_of(generation: Generation, name: str) -> Extents:
     if generation.full:
         return ranges.normalise([(0, region.root.length)])
     return ranges.normalise([(start, end) for start, end in generation.metadata.get("kept", {}).get(name, [])])
+
+
+def _content(region: CapturedRegion, *, full: bool) -> Extents:
+    """What of a region goes into a generation."""
+    return ranges.normalise([(0, region.length)]) if full else region.kept

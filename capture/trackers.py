@@ -71,9 +71,11 @@ class Tracker(Protocol):
         no harm; used where memory can be discarded, where everything is unknown without it.
         """
 
-    def peek(self) -> Extents | None:
-        """What has been written since the previous `collect` or `arm`, as far as that is seen without clearing a bit:
-        for counts, at any time. None: unknown. Nothing is lost where it fails, as it may with a QEMU that has ended."""
+    def peek(self) -> Dirty:
+        """What `collect` would give, as far as that is seen without clearing a bit: for counts, at any time.
+
+        Nothing is lost where it fails, as it may with a QEMU that has ended.
+        """
 
     def committed(self) -> None:
         """All that was collected is in a durable generation, the baseline from now on.
@@ -111,9 +113,9 @@ class ScanTracker:
         """Always unknown."""
         return Dirty(None, None)
 
-    def peek(self) -> Extents | None:
+    def peek(self) -> Dirty:
         """Always unknown."""
-        return None
+        return Dirty(None, None)
 
     def committed(self) -> None:
         """Nothing to do."""
@@ -187,13 +189,14 @@ class WriteProtectTracker:
         discarded = None if known is None else self._discarded(known)
         return Dirty(_either(self._since, discarded), _either(fresh, discarded))
 
-    def peek(self) -> Extents | None:
+    def peek(self) -> Dirty:
         """Raises VirtualMachineError."""
         mappings = self._mappings()
         try:
-            return self._pagemap.written(mappings, rearm=False)
+            fresh = self._pagemap.written(mappings, rearm=False)
+            return Dirty(_either(self._since, fresh), fresh)
         except PermissionError:  # a mapping that is not registered
-            return None
+            return Dirty(None, None)
         except OSError as error:
             raise self._failed("PAGEMAP_SCAN", error) from error
 

@@ -50,6 +50,8 @@ class LeaseFacts(msgspec.Struct, frozen=True, kw_only=True):
     since: str
     role: str = WRITER
     generations: tuple[int, ...] = ()
+    yields: bool = False
+    """Its holder looks every few seconds whether somebody waits for it, and then gives it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,13 @@ class Lease:
 
 
 def take(
-    folder: Path, sequence: int, purpose: str, *, role: str = READER, generations: Iterable[int] = ()
+    folder: Path,
+    sequence: int,
+    purpose: str,
+    *,
+    role: str = READER,
+    generations: Iterable[int] = (),
+    yields: bool = False,
 ) -> Lease | None:
     """Take a lease; None in a repository that cannot be written, where nothing can be taken away either.
 
@@ -106,6 +114,7 @@ def take(
         since=datetime.now(UTC).isoformat(timespec="seconds"),
         role=role,
         generations=tuple(generations),
+        yields=yields,
     )
     name = secrets.token_hex(8)
     temporary, final = folder / f".{name}", folder / name

@@ -180,13 +180,20 @@ class Repository(Ledger):
             found[name] = ranges.union(*(part * size for part in pagemap.diff(one, two, self.nodes, self.nodes)))
         return found
 
-    def lease(self, role: str, purpose: str, generations: Sequence[Generation] = ()) -> Lease | None:
+    def lease(
+        self, role: str, purpose: str, generations: Sequence[Generation] = (), *, yields: bool = False
+    ) -> Lease | None:
         """A lease on what is there now, from before the first look-up; None where nothing can be written.
 
         `generations` are those that it stands on. Raises NotFoundError for one that was forgotten; what `refresh` does.
         """
         lease = leases.take(
-            self.leases, self.sequence, purpose, role=role, generations=[each.sequence for each in generations]
+            self.leases,
+            self.sequence,
+            purpose,
+            role=role,
+            generations=[each.sequence for each in generations],
+            yields=yields,
         )
         try:
             self.refresh(wait=role != leases.READER)  # who misses a pack looks again, and waits then
@@ -207,9 +214,15 @@ class Repository(Ledger):
             return self.catalog.has(txn, generation.id)
 
     def writer(
-        self, vm: str, parent: Generation | None = None, bases: Mapping[str, Generation] | None = None
+        self,
+        vm: str,
+        parent: Generation | None = None,
+        bases: Mapping[str, Generation] | None = None,
+        *,
+        ahead: bool = False,
     ) -> GenerationWriter:
         """Begin a generation of a VM, from its parent's content if one is given, or that of another base, by region.
+        `ahead`: long before it is committed, so whoever prunes is given way to.
 
         Raises NotFoundError if one of them was forgotten; what `refresh` does.
         """
@@ -221,7 +234,7 @@ class Repository(Ledger):
                 self._renew_keys()
             except PerdureError:  # the keys at hand will do until somebody has written with newer ones
                 self._locked_out = True
-        return GenerationWriter(self, vm, parent, bases or {})
+        return GenerationWriter(self, vm, parent, bases or {}, ahead=ahead)
 
     def damaged(self) -> list[DamagedPack]:
         """Packs that this host knows to be damaged or missing, and that were not repaired."""

@@ -77,11 +77,17 @@ class GenerationWriter:
     """
 
     def __init__(
-        self, repository: Repository, vm: str, parent: Generation | None, bases: Mapping[str, Generation]
+        self,
+        repository: Repository,
+        vm: str,
+        parent: Generation | None,
+        bases: Mapping[str, Generation],
+        *,
+        ahead: bool = False,
     ) -> None:
         self._repository, self._vm, self._parent, self._bases = repository, vm, parent, bases
         stands_on = {each.id: each for each in (*bases.values(), *([parent] if parent else ()))}
-        self._lease = repository.lease(leases.WRITER, f"writer of VM {vm}", list(stands_on.values()))
+        self._lease = repository.lease(leases.WRITER, f"writer of VM {vm}", list(stands_on.values()), yields=ahead)
         self._nodes = NodeWriter(repository.storage, repository.keys, repository.nodes, repository.settings.pack_bytes)
         self._local: LocalLane | None = None
         self._workers: Lanes | None = None
@@ -116,12 +122,43 @@ class GenerationWriter:
         self._drafts[name] = draft
         return draft
 
+    def drop(self, name: str) -> None:
+        """Leave out a region that was begun; what of it is in packs already may serve a later generation."""
+        del self._drafts[name]
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether packs have been doomed since this writer began, so that who prunes waits for it.
+
+        As far as records were replayed; not for long, if it was begun `ahead`.
+        """
+        repository = self._repository
+        with repository.environment.read() as txn:
+            doomed = repository.catalog.doomed(txn)["since"]
+        return self._lease is not None and bool((doomed > self._lease.facts.sequence).any())
+
+    @property
+    def stands_on_lost_ground(self) -> bool:
+        """Whether something was found to be lost since, of what a region began from."""
+        for name, draft in self._drafts.items():
+            base = self._bases.get(name, self._parent)
+            if not draft.anew and base is not None and name in base.regions and name in self._repository.unfit(base):
+                return True
+        return False
+
     def replace(
-        self, draft: RegionDraft, descriptor: int, extents: Extents | None = None, progress: Progress = silent
+        self,
+        draft: RegionDraft,
+        descriptor: int,
+        extents: Extents | None = None,
+        progress: Progress = silent,
+        *,
+        here: bool = False,
     ) -> None:
         """Make the content of `extents` (None: everything) that of the file, whose offsets are the region's.
 
-        Holes cost nothing; pages that are as before cost a hash. Raises StorageError, IntegrityError, WorkerError.
+        Holes cost nothing; pages that are as before cost a hash. `here`: in this process, not by workers. Raises
+        StorageError, IntegrityError, WorkerError.
         """
         length, chunk = draft.root.length, draft.root.chunk_size
         everything = ranges.normalise([(0, -(-length // chunk) * chunk)])
@@ -131,7 +168,7 @@ class GenerationWriter:
         self.clear(draft, ranges.subtract(wanted, present))
         total = ranges.total(present)
         judge = _Judge(self, draft, total, progress)
-        lanes = self._lanes(total)
+        lanes = self._lanes(total, here=here)
         lanes.drive(descriptor, chunk, _batches(present, chunk), judge)
         judge.flush()
 
@@ -228,9 +265,9 @@ class GenerationWriter:
             return root
         return pagemap.update(root, length, *none, self._nodes, self._nodes, self._repository.node_hasher)
 
-    def _lanes(self, total: int) -> Lanes:
+    def _lanes(self, total: int, *, here: bool) -> Lanes:
         repository = self._repository
-        if total > _SMALL and repository.pool is not None:
+        if total > _SMALL and not here and repository.pool is not None:
             if self._workers is None:
                 self._workers = repository.worker_lanes()
             return self._workers

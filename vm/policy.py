@@ -12,9 +12,11 @@ from zlib import crc32
 import msgspec
 
 from base.timetable import Interval, WallTime, local_zone, parse_interval, parse_wall_time, parse_zone
+from base.units import format_size
 
 PAUSE_MS_MIN = 1
 ROUNDS_MAX = 1000
+BANDWIDTH_MIN = 64 << 10
 
 
 class Size(int):
@@ -38,6 +40,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How often dirty pages are stored while the guest runs, until the rest fits the pause."""
     over_limit: Literal["exceed", "give-up"] = "exceed"
     """What becomes of a capture that does not fit the pause after all rounds."""
+    write_back: Literal["auto", "on", "off"] = "auto"
+    """Whether dirty pages are stored while the guest runs and nobody captures; auto: if there is a schedule."""
+    background_bandwidth: Size = Size(64 << 20)
+    """Bytes a second that write-back may store."""
+    background_cpu_percent: int = 25
+    """Share of one processor that write-back may use."""
     tracker: Literal["auto", "scan", "userfaultfd"] = "auto"
     measurements: Literal["require", "warn", "ignore"] = "warn"
     fill_bandwidth: Size = Size(64 << 20)
@@ -80,6 +88,10 @@ def problems(policy: Policy, schedules: Sequence[Schedule]) -> Iterable[tuple[st
         yield "policy.rounds_max", f"must be from 1 to {ROUNDS_MAX}"
     if policy.over_limit == "give-up" and policy.pause_ms_max is None:
         yield "policy.over_limit", "give-up needs a limit: set pause_ms_max, too"
+    if policy.background_bandwidth < BANDWIDTH_MIN:
+        yield "policy.background_bandwidth", f"must be at least {format_size(BANDWIDTH_MIN)} a second"
+    if not 1 <= policy.background_cpu_percent <= 100:
+        yield "policy.background_cpu_percent", "must be from 1 to 100, of one processor"
     for at, schedule in enumerate(schedules):
         yield from _schedule_problems(f"schedule[{at}]", schedule)
 

@@ -161,6 +161,8 @@ def _status_text(found: dict[str, Any]) -> Iterator[str]:
     if found.get("next_capture"):
         due = found["next_capture"]
         yield f"next capture {moment(due['at'])}{' (full)' if due['full'] else ''}"
+    if found.get("write_back"):
+        yield from _dirty_text(found["write_back"])
     for name, region in found.get("regions", {}).items():
         yield (
             f"region       {name}: {format_size(region['kept_bytes'])} kept of {format_size(region['size'])}, "
@@ -189,6 +191,21 @@ def _lazy_text(lazy: dict[str, Any]) -> Iterator[str]:
     )
     if lazy["problem"]:
         yield f"waiting      {lazy['problem']}"
+
+
+def _dirty_text(found: dict[str, Any]) -> Iterator[str]:
+    """How much is dirty, and what is done about it, for people."""
+    yield (
+        f"dirty        {format_size(found['dirty_bytes'])}, a capture now would pause the guest for about "
+        f"{found['expected_pause_ms']:.0f} ms"
+    )
+    if found["state"] != "on":
+        yield f"write-back   {found['state']}"
+        return
+    yield (
+        f"write-back   {format_size(found['drain_rate'])}/s of {format_size(found['dirty_rate'])}/s written, "
+        f"{format_size(found['stored_ahead_bytes'])} stored ahead"
+    )
 
 
 def _regions_text(found: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a supervisor does beside a running VM without being asked: captures by schedule.
+"""What a supervisor does beside a running VM without being asked: captures by schedule, and write-back.
 
 Tasks of the supervisor's event loop. What fails is said, and tried again when it is due again.
 """
@@ -15,6 +15,8 @@ from perdure.supervision.schedule import Due, Timetable
 
 _LOOK_SECONDS = 15.0
 """Between two looks at the clock, at most: it may be set, and a host that slept has slept the loop's clock, too."""
+_AGAIN_SECONDS = 30.0
+"""After write-back has failed."""
 
 Capture = Callable[[Due], Awaitable[object]]
 
@@ -30,6 +32,21 @@ async def keep_schedule(vm: str, timetable: Timetable, capture: Capture, say: Ca
                 await capture(due)
             except PerdureError as error:
                 say(f"{vm} NOT CAPTURED on schedule: {one_line(error)}")
+
+
+async def keep_drained(vm: str, step: Callable[[], Awaitable[float]], say: Callable[[str], None]) -> None:
+    """Store dirty pages ahead, a step at a time, until cancelled; each says how long to wait before the next one."""
+    said = ""
+    while True:
+        try:
+            wait = await step()
+            said = ""
+        except PerdureError as error:
+            if one_line(error) != said:  # a full disk, say, is full the next time, too
+                said = one_line(error)
+                say(f"{vm}: dirty pages are not stored ahead: {said}")
+            wait = _AGAIN_SECONDS
+        await asyncio.sleep(wait)
 
 
 def schedule_document(timetable: Timetable) -> dict[str, Any] | None:

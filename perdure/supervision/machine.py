@@ -20,6 +20,7 @@ from capture.journal import Journal
 from capture.pause import PauseModel
 from capture.sources import CapturedRegion
 from capture.tracking import Tracking
+from capture.writeback import Plan
 from perdure.supervision.resuming import recorded
 from restore.lazy import LazyRestore
 from restore.scrub import scrub
@@ -200,6 +201,18 @@ class Machine:
         if regions:
             found = repository.newest_with(self.description.name, list(regions))
             self.disk_bases = {regions[region]: generation for region, generation in found.items()}
+
+    def plan(self, *, full: bool) -> Plan:
+        """What the next capture will be, for write-back: full only if there is a full generation to go on from.
+
+        Raises StorageError, VirtualMachineError.
+        """
+        full = full and RAM in self.bases
+        bases = {name: base for name, base in self.bases.items() if full or name != RAM}
+        for name in disks.captured(self.description, full=full):
+            if name in self.disk_bases:  # the capture's writer has them, too
+                bases[f"{DISK_PREFIX}{name}"] = self.disk_bases[name]
+        return Plan(self.captured_regions(full=full), self.parent, bases, full)
 
     async def require_full(self) -> None:
         """Raises ConflictError if there can be no full generation of this VM now."""

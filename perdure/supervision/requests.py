@@ -101,6 +101,7 @@ class Requests:
             document["agent"] = self._agent
             document["disks"] = await self._followed_disks(supervisor.machine)
             document["next_capture"] = schedule_document(supervisor.timetable)
+            document["write_back"] = await supervisor.draining.document()
         return document
 
     def _disk_facts(self) -> list[dict[str, Any]]:

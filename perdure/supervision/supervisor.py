@@ -31,6 +31,7 @@ from perdure.disks.filling import Filling
 from perdure.disks.state import disks_of
 from perdure.disks.texts import reads_text
 from perdure.supervision import background, lazily, leftovers
+from perdure.supervision.draining import Draining
 from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
 from perdure.supervision.forgetting import forget_by_policy
 from perdure.supervision.launcher import Launcher
@@ -99,6 +100,7 @@ class Supervisor:
         self.policy = local.description.policy
         self.limits = Limits(self.policy.pause_ms_max, self.policy.rounds_max, self.policy.over_limit == "exceed")
         self.timetable = Timetable(self.vm, local.description.schedules, datetime.now(UTC))
+        self.draining = Draining(self)
         self._beside: list[asyncio.Task[None]] = []
 
     @property
@@ -124,6 +126,9 @@ class Supervisor:
                     await self._start(begin, boot, lazy=lazy)
                 schedule = background.keep_schedule(self.vm, self.timetable, self._scheduled, self.say)
                 self._beside.append(asyncio.create_task(schedule))
+                if self.draining.wanted:
+                    drained = background.keep_drained(self.vm, self.draining.step, self.say)
+                    self._beside.append(asyncio.create_task(drained))
                 return await self._ended
         except _LeavingError:
             return Ended("not started: interrupted", interrupted=True)
@@ -135,6 +140,7 @@ class Supervisor:
             if self._tidying is not None:
                 await self._tidying
             await self._let_go()
+            self.draining.close()
             self._store.shutdown()
 
     async def in_store(self, work: Callable[[], T]) -> T:
@@ -156,6 +162,11 @@ class Supervisor:
             if full and self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
             return await self._snapshot(cause, tags, metadata, progress, full=full)
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether the VM runs, and nobody is about to leave it."""
+        return self._machine is not None and self.state == "running" and self._leaving is None
 
     async def _scheduled(self, due: Due) -> None:
         if self._leaving is None:
@@ -286,6 +297,7 @@ class Supervisor:
         """QEMU ended by itself: what it left in memory is captured."""
         async with self.operation:
             self._machine = None
+            await self.draining.drop()
             self.say(f"{self.vm}: {machine.last_words()}")
             await self._end_filling()
             await machine.disconnect()
@@ -326,6 +338,7 @@ class Supervisor:
         self.state = "held"
         done = await self._try_capture(machine, cause) if self.policy.capture_on_reboot else None
         await lazily.whole(machine, self.say)
+        await self.draining.drop()  # it knows nothing of the holes that a scrub makes
         scrubbed = await self.in_store(machine.scrub)
         await self.launcher.before_boot(machine)
         await machine.go_on_after_hold()
@@ -387,6 +400,7 @@ class Supervisor:
                 metadata=facts,
                 limits=self.limits,
                 pauses=machine.pauses,
+                making=self.draining.take(),
                 progress=progress or self.progress,
             )
 
@@ -459,6 +473,7 @@ class Supervisor:
         self.local.disks.let_go()
         if self._machine is not None:
             machine, self._machine = self._machine, None
+            await self.draining.drop()
             await machine.disconnect()
 
     def _interrupted(self, number: int) -> None:

@@ -68,6 +68,8 @@ _SLICE_BYTES = 256 << 20
 _SLICE_CHUNKS = 1 << 18
 _SLICE_PACKS = 1 << 12
 """What a swap changes in the index at once: captures that want to commit wait for no more than that."""
+_YIELD_SECONDS = 15.0
+"""For writers that give way when somebody waits for them: they look every few seconds."""
 _POLL_SECONDS = 0.1
 _UNRANKED = np.iinfo(np.int64).max
 
@@ -291,10 +293,13 @@ class Prune:
         """Find which doomed packs no writer can have shared chunks with before they were doomed."""
         since = self._doomed_since = self._since()
         latest = max(since.values(), default=0)
-        deadline = time.monotonic() + self._wait_s
+        began = time.monotonic()
         while True:
             older = [each for each in self._writers() if each.facts.sequence < latest]
-            if not older or time.monotonic() >= deadline:
+            patience = self._wait_s
+            if all(each.facts.yields for each in older):
+                patience = max(patience, _YIELD_SECONDS)
+            if not older or time.monotonic() - began >= patience:
                 break
             time.sleep(_POLL_SECONDS)
         oldest = min((each.facts.sequence for each in older), default=latest)

@@ -86,8 +86,8 @@ class NotingTracker:
         self._since = None if self._since is None else ranges.union(self._since, fresh)
         return Dirty(self._since, fresh)
 
-    def peek(self) -> Extents | None:
-        return ranges.normalise([(page * PAGE, (page + 1) * PAGE) for page in self.written])
+    def peek(self) -> Dirty:
+        return Dirty(None, ranges.normalise([(page * PAGE, (page + 1) * PAGE) for page in self.written]))
 
     def committed(self) -> None:
         self._since = EMPTY

@@ -17,7 +17,10 @@ MAY_IMPORT = {
 }
 
 
-SUPERVISION = ("supervisor", "launcher", "machine", "running", "execution", "rollback", "background", "lazily")
+SUPERVISION = (
+    *("supervisor", "launcher", "machine", "running", "execution", "rollback"),
+    *("background", "lazily", "draining"),
+)
 """Modules of supervision that run in the supervisor's loop."""
 
 INSIDE = {

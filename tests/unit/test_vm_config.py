@@ -177,6 +177,8 @@ def test_a_file_that_cannot_be_read_or_is_no_text(folder):
         ("[policy]\npause_ms_max = 0\n", 4, "policy.pause_ms_max", "at least 1"),
         ('[policy]\nover_limit = "give-up"\n', 4, "policy.over_limit", "set pause_ms_max"),
         ('[policy]\nover_limit = "stop"\n', 4, "policy.over_limit", "exceed, give-up"),
+        ('[policy]\nbackground_bandwidth = "1K"\n', 4, "policy.background_bandwidth", "at least 64.0 KiB"),
+        ("[policy]\nbackground_cpu_percent = 0\n", 4, "policy.background_cpu_percent", "from 1 to 100"),
         ("[[schedule]]\nfull = true\n", 3, "schedule[0]", "either `every` or `at`"),
         ('[[schedule]]\nevery = "1h"\nat = "02:00"\n', 3, "schedule[0]", "either `every` or `at`"),
         ('[[schedule]]\nevery = "fortnight"\n', 4, "schedule[0].every", "15m"),

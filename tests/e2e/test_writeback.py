@@ -1,0 +1,82 @@
+"""Write-back on real QEMU: what is stored ahead while the guest writes is in the next generation exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from supervised import MIB, NAME, Image, Supervised
+from test_full import ORDINARY, full, judged
+from test_survival import boot, write
+
+pytestmark = pytest.mark.qemu
+
+POLICY = """\
+write_back = "on"
+background_bandwidth = "1 GiB"
+background_cpu_percent = 100
+"""
+SCRIBBLE = f"""
+import random, time
+chance, field = random.Random(5), mmap.mmap(-1, {8 * MIB})
+use("scribbled", {2 * MIB})
+
+def scribble():
+    # few pages again and again, and now and then any page, in tagged and in other memory
+    for target in (memory, field):
+        page = chance.randrange(16) if chance.random() < 0.9 else chance.randrange(len(target) // PAGE)
+        at = page * PAGE + chance.randrange(PAGE - 8)
+        target[at : at + 8] = chance.randbytes(8)
+    time.sleep(0.002)
+
+work(scribble)
+"""
+BURST = f"for at in range(0, {8 * MIB}, PAGE): field[at : at + 8] = chance.randbytes(8)"
+
+
+@pytest.fixture
+def vm(guest_image: Image) -> Iterator[Supervised]:
+    made = Supervised(guest_image, policy=POLICY)
+    yield made
+    print(made.report())
+    made.close()
+
+
+def ahead(vm: Supervised) -> Any:
+    """Wait until much is stored ahead of the next generation; what the status says of it."""
+
+    def stored() -> bool:
+        found.append(vm.status()["write_back"])
+        return bool(found[-1]["stored_ahead_bytes"] >= 4 * MIB)
+
+    found: list[Any] = []
+    vm.until(stored, "dirty pages stored ahead")
+    return found[-1]
+
+
+def test_generations_are_what_memory_was_whatever_was_stored_ahead(vm: Supervised) -> None:
+    boot(vm)
+    vm.guest.run(ORDINARY)
+    write(vm, "kept", 1)
+    vm.guest.run(SCRIBBLE)
+    full(vm)
+    for _ in range(3):
+        vm.guest.run(BURST)
+        standing = ahead(vm)
+        assert standing["state"] == "on"
+        assert standing["expected_pause_ms"] > 0
+        judged(vm)
+        assert vm.status()["write_back"]["stored_ahead_bytes"] < 4 * MIB
+    vm.guest.run(BURST)
+    ahead(vm)
+    vm.run.kill()  # bits were cleared, and what was stored ahead is gone with it
+    assert vm.baseline is None
+    vm.boot()
+    vm.guest.run(BURST)
+    judged(vm)
+    vm.guest.run(BURST)
+    ahead(vm)
+    judged(vm)
+    assert vm.perdure("check")["findings"] == []
+    assert any(line.startswith("write-back ") for line in vm.lines("status", NAME))
