@@ -2,12 +2,12 @@
 
     python bench/fuzz.py [--seconds 600] [--seed 1] [--only NAME] [--keep FOLDER] [--guided]
 
-Every decoder of tests/decoders.py gets the same share of the time, and starts from whole examples, to which it does
-what disks, networks and attackers do: bits flipped, numbers set to their limits, pieces cut out, doubled, exchanged
-with those of other examples, text that nests deep. What was accepted is damaged further. `--guided` has atheris (from
-PyPI, to be installed beforehand) choose by coverage instead, in a process for each decoder. A finding is an exception
-that is none of the decoder's typed errors, more than SECONDS_MOST for one input, or memory beyond MEMORY_MOST; its
-input is kept. Exit status 1 if there is one.
+Every decoder of tests/decoders.py and decoders_of_vms.py gets the same share of the time, and starts from whole
+examples, to which it does what disks, networks and attackers do: bits flipped, numbers set to their limits, pieces
+cut out, doubled, exchanged with those of other examples, text that nests deep. What was accepted is damaged further.
+`--guided` has atheris (from PyPI, to be installed beforehand) choose by coverage instead, in a process for each
+decoder. A finding is an exception that is none of the decoder's typed errors, more than SECONDS_MOST for one input,
+or memory beyond MEMORY_MOST; its input is kept. Exit status 1 if there is one.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def guided(name: str, seconds: float, keep: Path) -> None:
     """Fuzz one decoder with libFuzzer, which ends the process: status 0 if nothing was found."""
     import atheris
 
-    with atheris.instrument_imports(include=["base", "capture", "guest", "perdure", "store", "vm"]):
-        from decoders import DECODERS
+    with atheris.instrument_imports(include=["base", "capture", "guest", "perdure", "restore", "store", "vm"]):
+        from decoders_of_vms import DECODERS
     decoder = DECODERS[name]
     with tempfile.TemporaryDirectory() as corpus:
         for at, seed in enumerate(decoder.seeds()):
@@ -157,7 +157,7 @@ def main() -> int:
     options.keep.mkdir(parents=True, exist_ok=True)
     if options.guided_child:
         guided(options.guided_child, options.seconds, options.keep)
-    from decoders import DECODERS, world
+    from decoders_of_vms import DECODERS, world
 
     if options.guided:
         return min(1, all_guided([each for each in DECODERS if options.only in (None, each)], options))

@@ -69,7 +69,11 @@ class Claims:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise StorageError.from_os(error, str(path), "open") from error
-        self._map = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
+        size = os.fstat(self._descriptor).st_size
+        if size != 8 * _WORDS + sum(_claim_bytes(each) for _, _, each in facts.regions):
+            os.close(self._descriptor)
+            raise StorageError(str(path), "is damaged: what of the VM's memory was restored is not known")
+        self._map = mmap.mmap(self._descriptor, size)
         content = np.frombuffer(self._map, np.uint8)
         self.words: NDArray[np.uint64] = content[: 8 * _WORDS].view(np.uint64)
         self.pages: dict[str, NDArray[np.uint8]] = {}
@@ -106,6 +110,8 @@ class Claims:
             raise StorageError(str(path), "is damaged: what of the VM's memory was restored is not known") from error
         except OSError as error:
             raise StorageError.from_os(error, str(path), "read") from error
+        if any(size < 0 or size % PAGE for _, _, size in facts.regions):
+            raise StorageError(str(path), "is damaged: regions are of whole pages")
         if facts.version != FORMAT:
             raise ConflictError(f"{path} is of another version of Perdure: go on with that one, or stop the VM")
         return cls(folder, facts)

@@ -26,6 +26,7 @@ from base.disk import Disk, replace_file
 from base.errors import ConflictError, StorageError
 
 _NAME = re.compile(r"need-[0-9a-f]{16}")
+_TEXT_MAX = 1000
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +98,13 @@ def require_none(folder: Path, generation: str, sequence: int) -> None:
 
 def _decode(data: bytes) -> Need:
     try:
-        return msgspec.json.decode(data, type=Need)
+        need = msgspec.json.decode(data, type=Need)
     except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return Need(generations=(), purpose="a need that cannot be read", host="?", since="?")
+    facts = {name: _plain(getattr(need, name)) for name in ("purpose", "host", "since")}
+    return msgspec.structs.replace(need, **facts)
+
+
+def _plain(text: str) -> str:
+    """For a message of one line: anybody who writes the folder may have written it."""
+    return "".join(each if each.isprintable() else "?" for each in text[:_TEXT_MAX])

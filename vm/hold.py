@@ -125,5 +125,5 @@ def _event(line: bytes) -> Event | None:
     try:
         message: Mapping[str, Any] = json.loads(line.strip(b"\0 "))
         return Event.of(message)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -25,6 +25,8 @@ from base.extents import Extents
 _SECONDS = 60
 """For any single answer: a disk may be slow, and a guest busy."""
 _READ_BYTES_MAX = 4 << 20
+_RECEIVE_BYTES_MAX = 64 << 20
+"""Of one piece of an answer: QEMU tells of at most 2 ** 20 extents, of 8 bytes, and gives no more than was asked."""
 _STATUS_BYTES_MAX = 1 << 30
 
 _GREETING = struct.Struct(">8s8sH")
@@ -165,7 +167,7 @@ class Export:
                 piece = memoryview(content)[8:]
             elif kind == _CHUNK_HOLE:
                 offset, count = struct.unpack(">QI", content)
-                at, piece = offset - start, memoryview(bytes(count))
+                at, piece = offset - start, memoryview(bytes(min(count, length + 1)))
             else:
                 continue
             if not 0 <= at <= length - len(piece):
@@ -196,6 +198,8 @@ class Export:
             yield kind, content
 
     def _receive(self, count: int) -> bytes:
+        if count > _RECEIVE_BYTES_MAX:
+            raise self._broken(f"it sends {count} bytes at once")
         data = bytearray(count)
         view = memoryview(data)
         while view:
@@ -211,6 +215,8 @@ class Export:
             yield
         except OSError as error:
             raise self._broken(error.strerror or str(error) or "no answer in time") from error
+        except struct.error as error:
+            raise self._broken("its answer is cut short") from error
 
     def _broken(self, problem: str) -> VirtualMachineError:
         return VirtualMachineError(f"VM {self.vm}: disk {self.name}: {problem}")

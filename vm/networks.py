@@ -14,14 +14,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 _CARDS = re.compile(
     r"(virtio-net|e1000|igb|rtl8139|vmxnet3|ne2k_|pcnet|i825|tulip|usb-net|sungem|lan9118|xen-net)[\w.-]*", re.ASCII
 )
-_FIRST, _COUNT = 0x525400123456, 64
-"""QEMU's own addresses."""
+_FIRST = 0x525400123456
+"""QEMU's own addresses begin with it."""
 _ADDRESS = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}")
 
 
@@ -38,7 +38,7 @@ def cards(arguments: Sequence[str]) -> list[Card]:
     found = [(at, _given(arguments[at]), first) for at, first in _places(arguments)]
     taken = {address for _, address, _ in found if address is not None}
     given: dict[int, str] = {at: address for at, address, _ in found if address is not None}
-    free = iter(text for number in range(_COUNT) if (text := _text(_FIRST + number)) not in taken)
+    free = iter(text for number in count(_FIRST) if (text := _text(number)) not in taken)
     for at, address, _ in sorted(found, key=lambda each: not each[2]):
         if address is None:
             given[at] = next(free)
@@ -99,7 +99,7 @@ def _fields(value: str) -> dict[str, Any]:
     if value.lstrip().startswith("{"):
         try:
             found = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
     driver, *rest = value.split(",")

@@ -35,7 +35,8 @@ def decode(document: Any, generation: str, name: str) -> Description:
     try:
         found = msgspec.convert(document, Description, dec_hook=_decode)
     except (msgspec.ValidationError, ValueError) as error:
-        raise ConflictError(f"{generation}: its description is of another version ({error}): {hint}") from error
+        problem = " ".join(str(error).split())
+        raise ConflictError(f"{generation}: its description is of another version ({problem}): {hint}") from error
     for argument in found.extra:
         named = _OF_THE_HOST.search(argument)
         if named is not None:

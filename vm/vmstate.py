@@ -46,10 +46,13 @@ class Processor:
 
 def processors(state: bytes, name: str) -> list[Processor]:
     """The processors of a device state, by number; `name` is for messages. Raises IntegrityError if there are none."""
-    devices = _description(state, name).get("devices", ())
-    found = [
-        _processor(_section(state, device, name), device, name) for device in devices if device.get("name") == "cpu"
-    ]
+    try:
+        devices = _description(state, name).get("devices", ())
+        found = [
+            _processor(_section(state, device, name), device, name) for device in devices if device.get("name") == "cpu"
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+        raise IntegrityError(name, "the device state's description of itself makes no sense") from error
     if not found:
         raise IntegrityError(name, "the device state has no processor of an x86 machine")
     return sorted(found, key=lambda each: each.number)
@@ -62,7 +65,7 @@ def _description(state: bytes, name: str) -> dict[str, Any]:
         if at + 5 <= len(state) and struct.unpack_from(">I", state, at + 1)[0] == len(state) - at - 5:
             try:
                 found = json.loads(state[at + 5 :])
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if isinstance(found, dict):
                 return found
@@ -84,9 +87,12 @@ def _section(state: bytes, device: Mapping[str, Any], name: str) -> memoryview:
 
 
 def _fields(device: Mapping[str, Any]) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """Name, length in bytes and description of each field, in order."""
+    """Name, length in bytes and description of each field, in order. Raises what its caller takes for nonsense."""
     for field in device.get("fields", ()):
-        yield str(field["name"]), int(field["size"]) * int(field.get("array_len", 1)), field
+        size, count = int(field["size"]), int(field.get("array_len", 1))
+        if size < 0 or count < 0:
+            raise ValueError
+        yield str(field["name"]), size * count, field
 
 
 def _processor(data: memoryview, device: Mapping[str, Any], name: str) -> Processor:

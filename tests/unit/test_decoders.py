@@ -5,7 +5,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from decoders import DECODERS, world
+from decoders_of_vms import DECODERS, world
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
