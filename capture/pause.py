@@ -15,12 +15,12 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from base import extents as ranges
-from base.errors import ConflictError
+from base.errors import ConflictError, VirtualMachineError
 from base.extents import Extents
 from base.progress import Progress, silent
 from base.units import format_size
@@ -229,7 +229,7 @@ def pause(
             stack.callback(copy.close)
             execution.settle()
             began, copy_ms, copied = time.monotonic(), 0.0, 0
-            execution.stop()
+            _stop(execution)
             try:
                 devices = execution.device_state() if full and expected <= enough else None
                 if devices is not None:
@@ -263,6 +263,17 @@ def pause(
     model.learn(stopped_ms, copy_ms, copied, full=full)
     copy.store(writer)
     return done
+
+
+def _stop(execution: Execution) -> None:
+    """Stop the guest. A QEMU that does not answer in time stops it all the same when it moves again: it is told right
+    away to let the guest go on after that."""
+    try:
+        execution.stop()
+    except BaseException:
+        with suppress(VirtualMachineError):  # the first error says what is wrong
+            execution.cont()
+        raise
 
 
 def _collect(sources: Sequence[Source]) -> int:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 from collections.abc import Collection
 from typing import Any
 
@@ -73,17 +74,21 @@ async def save(monitor: Monitor) -> int:
     Raises VirtualMachineError; the guest can go on in any case.
     """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    reading = asyncio.create_task(asyncio.to_thread(_read_all, monitor.vm, read_end))
+    given_up = os.eventfd(0, os.EFD_CLOEXEC)
+    reading = asyncio.create_task(asyncio.to_thread(_read_all, monitor.vm, read_end, given_up))
     try:
         try:
             await _write_state(monitor, write_end)
         finally:
             os.close(write_end)  # the stream ends when QEMU closes its copy
+        return await asyncio.shield(reading)
     except BaseException:
+        os.eventfd_write(given_up, 1)  # a QEMU that hangs does not close its copy
         with contextlib.suppress(VirtualMachineError, OSError):  # the first error says what is wrong
             os.close(await reading)
         raise
-    return await reading
+    finally:
+        os.close(given_up)
 
 
 async def _write_state(monitor: Monitor, write_end: int) -> None:
@@ -182,10 +187,11 @@ async def _activate_disks(monitor: Monitor) -> None:
             raise
 
 
-def _read_all(vm: str, read_end: int) -> int:
+def _read_all(vm: str, read_end: int, given_up: int) -> int:
     """Everything out of a pipe, which is closed then, into a memory file.
 
-    Raises VirtualMachineError if it is too much: its writer finds the pipe closed.
+    Raises VirtualMachineError if it is too much, or when there is something to read in `given_up`: its writer finds the
+    pipe closed.
     """
     memory = os.memfd_create("perdure devices", os.MFD_CLOEXEC)
     try:
@@ -193,7 +199,15 @@ def _read_all(vm: str, read_end: int) -> int:
             with contextlib.suppress(OSError):  # it works with a smaller one as well
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             size = 0
-            while data := pipe.read(_PIPE_BYTES):
+            poll = select.poll()
+            for each in (read_end, given_up):
+                poll.register(each, select.POLLIN)
+            while True:
+                if given_up in dict(poll.poll()):
+                    raise VirtualMachineError(f"VM {vm}: its device state was given up")
+                data = pipe.read(_PIPE_BYTES)
+                if not data:
+                    break
                 size += len(data)
                 if size > STATE_BYTES_MAX:
                     raise VirtualMachineError(f"VM {vm}: its device state has more than {STATE_BYTES_MAX} bytes")

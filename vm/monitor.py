@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -89,6 +90,7 @@ class Monitor:
         self.vm = qemu.vm
         self._qemu, self._client = qemu, client
         self._lost = asyncio.Event()
+        self._wait_until: float | None = None
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
@@ -195,7 +197,10 @@ class Monitor:
             await asyncio.gather(task, lost, return_exceptions=True)
 
     async def _ended(self, what: str) -> VirtualMachineError:
-        if await asyncio.to_thread(self._qemu.wait, _CLOSE_SECONDS):  # the socket closes before the process is gone
+        if self._wait_until is None:
+            self._wait_until = time.monotonic() + _CLOSE_SECONDS
+        left = max(0.0, self._wait_until - time.monotonic())  # once for all that fails with the session
+        if await asyncio.to_thread(self._qemu.wait, left):  # the socket closes before the process is gone
             return VirtualMachineError(f"VM {self.vm}: {self._qemu.end()} (while waiting for {what})")
         return VirtualMachineError(f"VM {self.vm}: the connection to QEMU's monitor ended while waiting for {what}")
 

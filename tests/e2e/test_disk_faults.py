@@ -84,6 +84,7 @@ class Rig:
 
     repository: Repository
     monitor: MortalMonitor
+    monitor_class = MortalMonitor
 
     def __init__(self, place: Place, store: store_fixtures.Place) -> None:
         self.place, self.store = place, store
@@ -132,7 +133,7 @@ class Rig:
 
     async def supervise(self) -> None:
         """As the launcher and the supervisor take a VM over."""
-        self.monitor = await MortalMonitor.connect(self.qemu)  # type: ignore[assignment]
+        self.monitor = await self.monitor_class.connect(self.qemu)  # type: ignore[assignment]
         await migration.clean_up(self.monitor)
         await disks.release(self.monitor, self.qemu.folder)
         await hold.hold_on_reset(self.monitor)

@@ -345,7 +345,7 @@ def fail(repository: Repository, guest: Guest, at: str) -> None:
             "prepare": ["prepare", "release_disks"],
             "prepare_disks": ["prepare", "prepare_disks", "take_back", "release_disks"],
             "settle": [*EVERYTHING[:3], "take_back", "release_disks"],
-            "stop": [*EVERYTHING[:4], "take_back", "release_disks"],
+            "stop": [*EVERYTHING[:4], "cont", "take_back", "release_disks"],  # it may stop after all
             "device_state": [*EVERYTHING[:5], "cont", "take_back", "release_disks"],
             "freeze_disks": [*EVERYTHING, "release_disks"],
             "disks": [*EVERYTHING, "disks", "release_disks"],
