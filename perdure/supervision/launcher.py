@@ -26,7 +26,7 @@ from restore.lazy import LazyRestore
 from restore.scrub import verify_scrubbed
 from store.records import Generation
 from store.repository import Repository
-from vm import disks, hold, migration
+from vm import disks, hold, migration, plugged
 from vm.addresses import AddressMap
 from vm.command_line import Platform, command_line
 from vm.config import RAM
@@ -251,7 +251,10 @@ class Launcher:
             bases=bases or {},
             restored=prepared.restored.generation.number if prepared.restored else None,
             resumed=prepared.devices is not None,
-            full_problems=await migration.obstacles(monitor, [disks.node_of(name) for name in captured]),
+            full_problems=(
+                *await migration.obstacles(monitor, [disks.node_of(name) for name in captured]),
+                *await plugged.changes(monitor, qemu.record.argv),
+            ),
             warnings=prepared.warnings,
             accelerator_reason=prepared.accelerator_reason,
             measurements=self.local.measurements,

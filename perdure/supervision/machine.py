@@ -26,7 +26,7 @@ from restore.lazy import LazyRestore
 from restore.scrub import scrub
 from store.records import Generation
 from store.repository import Repository
-from vm import disks, hold, migration
+from vm import disks, hold, migration, plugged
 from vm.addresses import AddressMap
 from vm.channel import GuestChannel, GuestHandler
 from vm.command_line import Platform, devices_of
@@ -216,7 +216,8 @@ class Machine:
 
     async def require_full(self) -> None:
         """Raises ConflictError if there can be no full generation of this VM now."""
-        self.full_problems = await migration.obstacles(self.monitor, [disks.node_of(name) for name in self.disks])
+        obstacles = await migration.obstacles(self.monitor, [disks.node_of(name) for name in self.disks])
+        self.full_problems = (*obstacles, *await plugged.changes(self.monitor, self.qemu.record.argv))
         if self.full_problems:
             raise ConflictError(
                 f"VM {self.description.name} cannot be captured in full: {'; '.join(self.full_problems)}"
@@ -284,7 +285,17 @@ class Machine:
         """
         if await self.held():
             raise VirtualMachineError(f"VM {self.description.name}: the guest has stopped itself: try again")
-        return await migration.save(self.monitor)
+        state = await migration.save(self.monitor)
+        try:
+            changes = await plugged.changes(self.monitor, self.qemu.record.argv)  # since `require_full`
+            if changes:
+                raise VirtualMachineError(
+                    f"VM {self.description.name} cannot be captured in full: {'; '.join(changes)}"
+                )
+        except BaseException:
+            os.close(state)
+            raise
+        return state
 
     @property
     def disks(self) -> list[str]:

@@ -173,14 +173,19 @@ def qemus(vm: Supervised) -> list[int]:
 
 
 def workers(vm: Supervised) -> list[int]:
-    """Processes that the supervisor captures with."""
+    """Processes that the supervisor captures with: in its session, other than what makes page servers."""
     pid = vm.run.process.pid
     children = set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     for thread in Path(f"/proc/{pid}/task").iterdir():
         children |= set((thread / "children").read_text().split())
-    return [
-        each for each in _processes(lambda words: "run\0" in words or "spawn_main" in words) if str(each) in children
-    ]
+    found = _processes(lambda words: "run\0" in words or "spawn_main" in words)
+    return [each for each in found if str(each) in children and _session(each) == pid]
+
+
+def _session(pid: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None
 
 
 def _processes(wanted: Any) -> list[int]:
