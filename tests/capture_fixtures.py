@@ -44,6 +44,7 @@ class WritingGuest:
         self.parent: Generation | None = None
         self.baseline = False
         self.kept = EVERYTHING
+        self.model: PauseModel | None = None
 
     def write(self) -> None:
         """Some pages, as planned."""
@@ -115,7 +116,7 @@ class WritingGuest:
 
     def capture(self, repository: Repository, limits: Limits | None = None, making: Making | None = None) -> Captured:
         """As a supervisor does it."""
-        model = PauseModel(SLOW.fixed_ms, SLOW.fixed_full_ms, SLOW.bytes_per_ms)
+        self.model = PauseModel(SLOW.fixed_ms, SLOW.fixed_full_ms, SLOW.bytes_per_ms)
         done = capture(
             repository,
             "vm",
@@ -125,7 +126,7 @@ class WritingGuest:
             cause="test",
             parent=self.parent,
             limits=limits,
-            pauses=model,
+            pauses=self.model,
             making=making,
         )
         self.parent, self.baseline = done.generation, True

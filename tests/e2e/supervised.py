@@ -183,6 +183,8 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
             "PERDURE_REPOSITORY": str(self.repository),
             "PERDURE_PASSWORD_FILE": str(self.folder / "passphrase"),
         }
+        self.run_environment: dict[str, str] = {}
+        """What only supervisors have of it."""
         self.perdure("init")
 
     # The commands
@@ -190,7 +192,7 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
     def start(self, *words: str) -> Run:
         """`perdure run`, begun; nothing is waited for."""
         command = [sys.executable, "-m", "perdure", "run", str(self.folder / "VM.toml"), *words]
-        self.runs.append(Run(command, self.environment, self.folder))
+        self.runs.append(Run(command, self.environment | self.run_environment, self.folder))
         return self.runs[-1]
 
     def boot(self, *words: str) -> Run:

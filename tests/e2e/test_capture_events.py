@@ -1,5 +1,8 @@
-"""What a guest, or somebody else, does to a VM in the middle of a capture: ballooning, a device that is plugged in, a
-reboot, a panic. The capture is held up by one worker that does not move; judged by QEMU's own pmemsave.
+"""What happens to a VM in the middle of a capture; judged by QEMU's own pmemsave.
+
+Its supervisor is killed at stages of a full one, each before a command to QEMU or an operation on the disk: at some
+stages each time the tests run, at all of them with PERDURE_FAULTS=all. The guest gives memory back, a device is plugged
+in, the guest reboots and panics: in a capture that is held up by one worker that does not move.
 """
 
 from __future__ import annotations
@@ -8,25 +11,41 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from supervised import MIB, NAME, SECONDS, GuestGoneError, Image, Supervised
 from test_back import reported
 from test_faults import Background, assert_next_snapshot_is_right, boot, packs, ready, worker_stopped
-from test_full import ORDINARY, export, goes_on, judged
+from test_full import ORDINARY, export, goes_on, judged, nothing_is_left
 
 pytestmark = pytest.mark.qemu
 
 LARGE = 20 * MIB
-POLICY = 'write_back = "off"\n'
+POLICY = """\
+write_back = "off"
+capture_on_shutdown = false
+"""
 EXTRA = ("-device", "virtio-balloon-pci", "-device", "pcie-root-port,id=socket0,chassis=7")
 
 
-@pytest.fixture
-def vm(guest_image: Image) -> Iterator[Supervised]:
-    with contextlib.closing(Supervised(guest_image, extra=EXTRA, policy=POLICY)) as vm, reported(vm):
+STAGES = None if os.environ.get("PERDURE_FAULTS") == "all" else 2
+"""At how many a supervisor is killed; None is all."""
+
+
+@pytest.fixture(scope="module")
+def running(guest_image: Image) -> Iterator[Supervised]:
+    with contextlib.closing(Supervised(guest_image, extra=EXTRA, policy=POLICY)) as vm:
+        paths = (str(Path(__file__).parent / "stages"), vm.environment["PYTHONPATH"])
+        vm.run_environment = {"PYTHONPATH": os.pathsep.join(paths), "PERDURE_TEST_STAGES": str(vm.folder)}
         boot(vm)
         yield vm
+
+
+@pytest.fixture
+def vm(running: Supervised) -> Iterator[Supervised]:
+    with reported(running):
+        yield running
 
 
 @contextlib.contextmanager
@@ -53,8 +72,46 @@ def go_down(vm: Supervised, how: str) -> None:
     vm.until(lambda: vm.judge.execute("query-status")["status"] != "running", "the guest is held")
 
 
+def test_a_supervisor_that_is_killed_at_any_stage_of_a_capture_is_followed_by_one_that_is_right(
+    vm: Supervised,
+) -> None:
+    armed, trace = vm.folder / "armed", vm.folder / "trace"
+    vm.guest.run(ORDINARY + f"write('area', {MIB}, 1)")
+    judged(vm)
+    armed.write_text(str(1 << 30))
+    vm.perdure("snapshot", NAME, "--full")
+    armed.unlink()
+    total = len(trace.read_text().splitlines())
+    assert total > 30
+    for stage in range(total) if STAGES is None else [total * each // STAGES + 2 for each in range(STAGES)]:
+        vm.guest.run(f"change([{stage % 256}, {stage * 7 % 256}], {stage})")
+        history = vm.log()
+        armed.write_text(str(stage))
+        command = Background(vm, "snapshot", NAME, "--full")
+        if STAGES is None and not gone(command, armed):  # there were fewer than the last time
+            continue
+        assert "supervisor ended" in command.refused()
+        assert vm.run.ended() == -signal.SIGKILL
+        boot(vm)
+        made = vm.log()
+        assert made[: len(history)] == history and len(made) <= len(history) + 1
+        goes_on(vm)
+        judged(vm)
+        nothing_is_left(vm)
+    assert vm.perdure("check", "--read-data")["clean"]
+
+
+def gone(command: Background, armed: Path) -> bool:
+    """Whether the supervisor was killed; if not, it is not going to be."""
+    command.wait()
+    if armed.exists():
+        armed.unlink()
+        return False
+    return True
+
+
 def test_what_happens_to_a_guest_in_the_middle_of_a_capture(vm: Supervised) -> None:
-    vm.guest.run(ORDINARY)
+    ready(vm)
     with captured_meanwhile(vm, "--full"):
         vm.judge.execute("balloon", value=224 * MIB)
         vm.until(lambda: vm.judge.execute("query-balloon")["actual"] <= 224 * MIB, "the guest has given memory back")

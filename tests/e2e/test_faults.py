@@ -215,6 +215,10 @@ class Background:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._process.wait(SECONDS)
+
     def refused(self, code: int = 1) -> str:
         """Wait for the one line that it fails with."""
         said, problem = self._process.communicate(timeout=SECONDS)
@@ -597,6 +601,31 @@ def test_a_supervisor_that_is_told_to_end_captures_only_if_its_policy_says_so(vm
     assert vm.run.ended() == 130
     assert records(vm) == before
     assert_guest_goes_on(vm)
+    boot(vm)
+
+
+def test_a_pause_beyond_its_limit_is_given_up_or_said_as_the_policy_says(vm: Supervised) -> None:
+    """The guest counts, so that a page is always dirty, and no pause takes only a millisecond."""
+    vm.guest.run("numbers = count('counter')")
+    for over, limit in (("give-up", 1), ("exceed", 1), ("give-up", 60000)):
+        vm.run.kill()
+        policy = f'[policy]\npause_ms_max = {limit}\nrounds_max = 2\nover_limit = "{over}"'
+        with described(vm, ("[policy]", policy)):
+            boot(vm)
+        before = records(vm)
+        if (over, limit) == ("give-up", 1):
+            said = vm.refused("snapshot", NAME)
+            assert "given up, nothing was captured" in said and "after 2 rounds" in said and "pause_ms_max is 1" in said
+            assert records(vm) == before
+            assert_guest_goes_on(vm)
+        else:
+            vm.perdure("snapshot", NAME)
+            assert len(records(vm)) == len(before) + 1
+            vm.run.look()
+            assert ("pause_ms_max is 1: after 2 rounds" in vm.run.text) is (limit == 1)
+    vm.guest.run("finish()")
+    assert_next_snapshot_is_right(vm)
+    vm.run.kill()
     boot(vm)
 
 

@@ -74,7 +74,56 @@ def test_a_scan_hashes_nothing_while_the_guest_stands_still(where, tmp_path, mon
             guest.write()
 
 
+@pytest.fixture
+def clock(monkeypatch) -> Iterator[list[float]]:
+    """What time it is for pauses, in seconds: it stands still."""
+    now = [1000.0]
+    monkeypatch.setattr("capture.pause.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_pauses_are_the_sum_of_all_stops_and_the_longest_is_told_apart(where, tmp_path, clock):
+    guest = WritingGuest(tmp_path, [3000, 400, 20], direct_io=True)
+    guest.write()
+    goes_on, lasting = guest.cont, [0.05, 0.01]
+
+    def cont() -> None:
+        clock[0] += lasting.pop(0)
+        goes_on()
+
+    guest.cont = cont
+    with where.open() as repository:
+        done = guest.capture(repository, Limits())
+    assert guest.stops == 2 and done.stopped is not None
+    assert done.stopped.pause_ms == pytest.approx(60) == done.generation.pause_ms
+    assert done.stopped.longest_ms == pytest.approx(50)
+    assert guest.model is not None and guest.model.fixed_ms == pytest.approx(5)  # half of 10, the last one's
+
+
+def test_what_is_given_up_copies_nothing_while_the_guest_stands_still(where, tmp_path, monkeypatch):
+    guest = WritingGuest(tmp_path, [1000])
+    guest.write()
+    monkeypatch.setattr("capture.pause._take_copies", lambda *_: pytest.fail("it copies"))
+    with where.open() as repository, pytest.raises(ConflictError):
+        guest.capture(repository, Limits(pause_ms_max=100, rounds_max=3, exceed=False))
+
+
+def test_a_guest_that_somebody_else_has_stopped_does_not_run_for_a_round(where, tmp_path):
+    guest = WritingGuest(tmp_path, [3000, 400, 20], direct_io=True)
+    guest.write()
+    guest.running = False
+    with where.open() as repository:
+        done = guest.capture(repository, Limits())
+    assert done.stopped is not None and done.stopped.rounds == 0 and guest.stops == 1
+
+
 def test_what_pauses_are_made_of_is_learnt():
+    model = PauseModel(5, 30, PAGE)
+    model.learn(9.0, 4.0, 4 << 20, full=True)
+    assert (model.fixed_ms, model.fixed_full_ms) == (5, 17.5)
+    speed = model.bytes_per_ms
+    model.learn(9.0, 4.0, 1000, full=True)
+    assert model.bytes_per_ms == speed > PAGE  # so few bytes say nothing
     model = PauseModel(5, 30, PAGE)
     for _ in range(20):
         model.learn(22.0, 20.0, 20 << 20, full=False)
