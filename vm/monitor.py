@@ -107,13 +107,17 @@ class Monitor:
             except ConnectError as error:
                 connected = not isinstance(error.exc, OSError)
             except TimeoutError:
-                connected = True
+                connected = qemu.folder.monitor.exists()
             if not qemu.alive():
                 raise VirtualMachineError(f"VM {qemu.vm}: {qemu.end()}")
             if asyncio.get_running_loop().time() + _RETRY_SECONDS >= deadline:
                 problem = "its monitor does not answer: another program is connected to it, or QEMU hangs"
                 if not connected:
-                    problem = f"QEMU did not make its monitor socket: {qemu.last_lines()}"
+                    problem = f"QEMU (process {qemu.pid}) does not listen at {qemu.folder.monitor}"
+                    said = qemu.last_lines()
+                    problem += (
+                        f": {said}" if said else ""
+                    ) + "; end it, and the next `perdure run` captures its memory"
                 raise VirtualMachineError(f"VM {qemu.vm}: after {timeout_s:g} s {problem}")
             await asyncio.sleep(_RETRY_SECONDS)
 

@@ -662,6 +662,7 @@ def test_a_full_disk_costs_generations_and_nothing_else(guest_image: Image) -> N
             for size in (MIB, LARGE):  # stored by the supervisor itself, and by its workers
                 vm.guest.run(f"fill('area {size}', {size})")
                 assert "No space left on device" in vm.refused("snapshot", NAME)
+            assert "No space left on device" in vm.refused("snapshot", NAME, "--full")
             assert "No space left on device" in vm.refused("stop", NAME, "--capture")
             assert "No space left on device" in vm.refused("rollback", f"{NAME}@1")
             assert records(vm) == before

@@ -280,6 +280,19 @@ def test_a_second_session_is_told_that_there_is_one(place):
         asyncio.run(run())
 
 
+def test_a_monitor_whose_socket_is_gone_is_named(place):
+    async def run():
+        async with await Monitor.connect(process):
+            process.folder.monitor.unlink()
+        with pytest.raises(
+            VirtualMachineError, match=rf"process {process.pid}\) does not listen at .*; end it, and the"
+        ):
+            await Monitor.connect(process, timeout_s=0.1)
+
+    with place.launch(place.describe()) as process:
+        asyncio.run(run())
+
+
 def test_the_guest_channel_and_disks_are_there(place, tmp_path):
     raw, qcow2 = tmp_path / "a,b.raw", tmp_path / "c.qcow2"
     raw.write_bytes(b"content of the raw disk".ljust(1 << 20, b"\0"))
