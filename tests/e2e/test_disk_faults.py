@@ -143,13 +143,14 @@ class Rig:
         await settle_bitmaps(self)  # type: ignore[arg-type]
 
     def write(self) -> None:
-        """Some of each disk, through its device as a guest does, if it runs."""
+        """Some of each disk, through its device as a guest writes and discards, if it runs."""
         if self.judge.execute("query-status")["status"] != "running":
             return
         for name, data in self.contents.items():
             start, size = self.random.randrange(SIZE // 512 - 20) * 512, self.random.randrange(1, 20) * 512
-            byte = self.random.randrange(1, 256)
-            line = f'qemu-io -d drive-{name}/virtio-backend "write -P {byte} {start} {size}"'
+            byte = self.random.choice((0, *self.random.sample(range(1, 256), 3)))
+            how = f"-P {byte}" if byte else "-z -u"  # zeros, and the room for them is given back
+            line = f'qemu-io -d drive-{name}/virtio-backend "write {how} {start} {size}"'
             said = self.judge.execute("human-monitor-command", **{"command-line": line})
             assert said == "", said  # it writes elsewhere what is no error
             data[start : start + size] = bytes([byte]) * size
