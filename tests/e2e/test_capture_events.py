@@ -112,6 +112,7 @@ def gone(command: Background, armed: Path) -> bool:
 
 def test_what_happens_to_a_guest_in_the_middle_of_a_capture(vm: Supervised) -> None:
     ready(vm)
+    vm.guest.run("finish()\n" + ORDINARY)
     with captured_meanwhile(vm, "--full"):
         vm.judge.execute("balloon", value=224 * MIB)
         vm.until(lambda: vm.judge.execute("query-balloon")["actual"] <= 224 * MIB, "the guest has given memory back")
