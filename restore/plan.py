@@ -9,6 +9,7 @@ thread.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from store.records import Region
 
 WINDOW = 1024
 _KEPT_NODES = 8192
+_EXPECTED_PACKS = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,7 @@ class RegionPlan:
         self.finished = np.zeros(self.count, np.bool_)
         """Windows of which nothing is left to place: what of them is not claimed is zero."""
         self._nodes, self._stored, self._frames = _KeptNodes(nodes), nodes, frames
+        self._expected = {0}
 
     @property
     def count(self) -> int:
@@ -72,6 +75,7 @@ class RegionPlan:
         numbers = np.concatenate([np.empty(0, np.uint64), *(each for each, _ in parts)]).astype(np.int64)
         ids = np.concatenate([np.empty((0, pagemap.ID_BYTES), np.uint8), *(each for _, each in parts)])
         locations = self._stored.locate(ids)
+        self._expect(locations)
         frames = (locations["pack"].astype(np.uint64) << np.uint64(32)) | locations["frame"]
         new = []
         edges = np.searchsorted(numbers, np.arange(first, last + 1) * WINDOW).tolist()
@@ -81,6 +85,14 @@ class RegionPlan:
                 self.windows[window] = found
                 new.append(found)
         return new
+
+    def _expect(self, locations: NDArray[np.void]) -> None:
+        """Have the kernel read packs that come up first: on a cold disk a frame takes nearly twice as long."""
+        for pack in np.unique(locations["pack"]).tolist():
+            if pack not in self._expected and len(self._expected) <= _EXPECTED_PACKS:
+                self._expected.add(pack)
+                with suppress(IntegrityError):
+                    self._frames.expect(pack)
 
     def occupied(self, batch: int) -> Iterator[tuple[int, int]]:
         """Ranges of windows, at most `batch` in each, that cover all pages that are not zero; what is empty on high

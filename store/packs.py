@@ -351,6 +351,10 @@ class FrameReader:
         """The chunks in `slots` of a frame, proven to be those `wanted` (n, 32): uint8 (n, chunk size)."""
         return self.proven(pack, number, self.frame(pack, number, cache=False), slots, wanted)
 
+    def expect(self, pack: int) -> None:
+        """Frames of this pack are going to be read. Raises IntegrityError for a pack that is not known."""
+        self._storage.expect(layout.pack_name(self._packs.pack(pack).header.pack_id))
+
     def several(self, pack: int, numbers: list[int]) -> Iterator[OpenedFrame | IntegrityError]:
         """Frames of one pack, ascending, or why each cannot be had; neighbours are read from the disk in one piece.
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 from base.disk import Disk
-from base.errors import IntegrityError, StorageError
+from base.errors import IntegrityError, PerdureError, StorageError
 
 _TEMPORARY = ".writing-"
 _OPEN_FILES = 64
@@ -83,6 +83,9 @@ class Storage(Protocol):
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of an object; fewer at its end. Raises ObjectMissingError, StorageError."""
+
+    def expect(self, name: str) -> None:
+        """All of it is going to be read, in pieces: what can be done ahead may be. Raises nothing."""
 
     def size(self, name: str) -> int:
         """Length in bytes. Raises ObjectMissingError."""
@@ -162,6 +165,10 @@ class LocalStorage:
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         return self._reading(name, lambda descriptor: _pread(descriptor, offset, length))
+
+    def expect(self, name: str) -> None:
+        with suppress(PerdureError):
+            self._reading(name, _will_need)
 
     def size(self, name: str) -> int:
         try:
@@ -248,6 +255,11 @@ class LocalStorage:
         if descriptor < 0:
             raise IntegrityError(name, "is no file")
         return descriptor
+
+
+def _will_need(descriptor: int) -> bytes:
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    return b""
 
 
 def open_file(path: Path) -> int:

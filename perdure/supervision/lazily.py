@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -67,19 +67,23 @@ async def serve(lazy: LazyRestore, qemu: Qemu, facts: Facts) -> None:
 
 
 async def launch(
-    supervisor: Supervisor, prepared: Prepared, *, after: int | None = None, ending: asyncio.Task[None] | None = None
+    supervisor: Supervisor,
+    prepared: Prepared,
+    *,
+    after: int | None = None,
+    give_back: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Machine, Prepared]:
     """Launch what was prepared; where its memory cannot be served, once more, restored before. Gives what it was then.
 
-    `ending`: an earlier QEMU's end, with whose memory there is no room for all of it. Raises what a launch raises.
+    `give_back`: ends an earlier QEMU, beside whose memory there is no room for all of it. Raises what a launch raises.
     """
     launcher, preparation = supervisor.launcher, supervisor.preparation
     try:
         return await launcher.launch(prepared, supervisor.in_store, after=after), prepared
     except NotLazyError as error:
         supervisor.say(f"{supervisor.vm}: memory is restored before the guest begins: {one_line(error)}")
-    if ending is not None:
-        await asyncio.wait([ending])
+    if give_back is not None:
+        await give_back()
     again = await supervisor.in_store(lambda: preparation.eagerly(supervisor.repository, prepared, supervisor.progress))
     return await launcher.launch(again, supervisor.in_store), again
 

@@ -121,16 +121,27 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         raise
     supervisor.state = "rolling back"
     await supervisor.end_machine(machine)
-    ending = asyncio.create_task(machine.ended())  # which takes as long as its memory is large
+    may_end = asyncio.Event()
+
+    async def end() -> None:
+        await may_end.wait()
+        await machine.ended()  # which takes as long as its memory is large
+
+    async def give_back() -> None:
+        may_end.set()
+        await asyncio.wait([ending])
+
+    ending = asyncio.create_task(end())
     try:
         if head.lazy is None:  # else there is room for what is touched meanwhile
-            await asyncio.wait([ending])
-        following, head = await lazily.launch(supervisor, head, after=machine.pid, ending=ending)
+            await give_back()
+        following, head = await lazily.launch(supervisor, head, after=machine.pid, give_back=give_back)
         await supervisor.follow(following)
     except BaseException as error:  # there is no VM any more: the next run launches it from `head`
-        await asyncio.wait([ending])
+        await give_back()
         supervisor.fail(error)
         raise
+    await give_back()
     try:
         await ending
     except PerdureError as error:  # memory that is lost to the host until somebody unmounts it
