@@ -113,6 +113,7 @@ def capture(
                     model=pauses or PauseModel(),
                     progress=progress,
                 )
+                facts |= execution.facts
                 if stopped.devices is not None:
                     device = writer.region(DEVICES, DEVICES, os.fstat(stopped.devices).st_size)
                     writer.replace(device, stopped.devices)

@@ -14,10 +14,10 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from base import extents as ranges
 from base.errors import ConflictError, VirtualMachineError
@@ -47,7 +47,10 @@ class Execution(Protocol):
         """Whether the guest runs; somebody else may have stopped it."""
 
     def settle(self) -> None:
-        """What makes `stop` short and can be done before it."""
+        """What makes `stop` short, or the instant a better one, and can be done before it."""
+
+    def unsettle(self) -> None:
+        """Whatever became of it: nothing of that may stay. Called at least once, after `cont`."""
 
     def prepare(self) -> None:
         """What `device_state` needs and can be done before `stop`."""
@@ -61,6 +64,10 @@ class Execution(Protocol):
 
     def take_back(self) -> None:
         """Undo `prepare`; after `cont`."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a generation records of the instant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +225,7 @@ def pause(
     # Rounds help where writes are followed, and a guest that somebody else has stopped must not run for one.
     rounds_max = limits.rounds_max if execution.runs() and all(each.followed for each in sources) else 0
     with ExitStack() as around:
+        around.callback(execution.unsettle)
         if full:
             execution.prepare()
             around.callback(execution.take_back)

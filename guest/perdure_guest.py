@@ -41,6 +41,7 @@ import json
 import mmap
 import os
 import re
+import select
 import selectors
 import socket
 import struct
@@ -72,6 +73,7 @@ _IN_FLIGHT_MAX = 16  # requests of one client
 _OUTPUT_MAX = 1 << 20  # bytes waiting for a client that does not read
 _RACES_MAX = 32
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
+_FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFHWADDR = 0x8913, 0x8914, 0x8924
 RESUME_HOOK = "/etc/perdure/resumed"
@@ -597,6 +599,7 @@ class Agent:
         self._regions: list[Region] = []  # of the greeting, as far as its pages have come
         self._clients: set[Client] = set()
         self._requests: dict[int, Request] = {}  # by id, in order of arrival
+        self._freezer: Freezer | None = None
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
 
@@ -618,6 +621,7 @@ class Agent:
         """Let go of everything but the listener."""
         for client in list(self._clients):
             self._drop(client)
+        self._end_freezer()
         self._lose_port()
         self._selector.close()
 
@@ -719,6 +723,9 @@ class Agent:
         if message is None:
             return
         self._port_pause = _PORT_SECONDS_MIN  # somebody is there
+        if message.get("event") in ("freeze", "thaw"):
+            self._on_freeze(message)
+            return
         if message.get("event") == "resumed":
             # This memory is older than the host's: nothing that was sent counts any more.
             for request in self._requests.values():
@@ -734,6 +741,46 @@ class Agent:
         else:
             request.client.in_flight -= 1
             self._send_client(request.client, line + b"\n")
+
+    def _on_freeze(self, event: dict[str, Any]) -> None:
+        """File systems are to stand still for an instant, or to go on."""
+        if self._freezer is not None:
+            self._freezer.thaw()
+            self._end_freezer()
+        if event["event"] == "thaw":
+            return
+        try:
+            token, seconds = int(event["token"]), float(event["seconds"])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return
+        try:
+            self._freezer = Freezer(seconds)
+        except OSError as error:
+            self._tell_frozen(token, 0, f"no process for it: {error.strerror}")
+            return
+        self._selector.register(self._freezer.report, selectors.EVENT_READ, lambda: self._on_frozen(token))
+
+    def _on_frozen(self, token: int) -> None:
+        """What became of it, and, at the end of the freezer, nothing."""
+        if self._freezer is None:
+            return
+        data = os.read(self._freezer.report, 1 << 16)
+        if not data:
+            self._end_freezer()
+            return
+        found = decode(data) or {}
+        self._tell_frozen(token, found.get("count", 0), found.get("error"))
+
+    def _end_freezer(self) -> None:
+        if self._freezer is not None:
+            self._selector.unregister(self._freezer.report)
+            self._freezer.close()
+            self._freezer = None
+
+    def _tell_frozen(self, token: int, count: int, error: str | None) -> None:
+        """Not sent again if it is lost: the host waits for a moment only, and what is frozen goes on by itself."""
+        message = {"do": "frozen", "token": token, "count": count, "error": error}
+        self._write_port(encode({"v": PROTOCOL_VERSION, "id": _random_id(), **message}))
 
     def _on_resumed(self, event: dict[str, Any]) -> None:
         """All of the guest went on from an earlier instant, if the event has a seed and the time."""
@@ -878,18 +925,100 @@ def renew(resumption: Resumption) -> None:
 
 def thaw(mounts: str = "/proc/self/mountinfo") -> None:
     """Let file systems go on that were frozen at the instant. Source: ioctl_fs(2) FITHAW; proc_pid_mountinfo(5)."""
-    for line in _read(mounts).splitlines():
-        before, _, after = line.partition(" - ")
-        if not after.split()[1:2] or not after.split()[1].startswith("/dev/"):
-            continue  # of no disk: and one that hangs must not hang us
-        path = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), before.split()[4])
+    for path, _ in on_disks(_read(mounts)):
         with contextlib.suppress(OSError):  # it was not frozen, or cannot be
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            _tell_file_system(path, _FITHAW)
+            say(f"{path} was frozen, and goes on")
+
+
+def on_disks(mounts: str) -> list[tuple[str, bool]]:
+    """Mount points of file systems on block devices, once for each, the last mounted first, and whether they can be
+    written. `mounts` as in /proc/self/mountinfo; others may hang, and must not hang us. proc_pid_mountinfo(5)."""
+    found: dict[str, tuple[str, bool]] = {}
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, facts = before.split(), after.split()
+        if len(fields) < 6 or len(facts) < 3 or not facts[1].startswith("/dev/"):
+            continue
+        path = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4])
+        found.setdefault(fields[2], (path, "rw" in facts[2].split(",")))
+    return list(found.values())[::-1]
+
+
+def _tell_file_system(path: str, request: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(descriptor, request, 0)
+    finally:
+        os.close(descriptor)
+
+
+class Freezer:
+    """Keeps file systems frozen, in a process of its own: until it is told to thaw, its agent ends, or time is up,
+    whichever comes first. `report` is a pipe with one line, `{"count":C}` or `{"count":0,"error":"text"}`, and then
+    its end. Raises OSError."""
+
+    def __init__(self, seconds: float) -> None:
+        ordered, self._orders = os.pipe()
+        self.report, reports = os.pipe()
+        self._pid = os.fork()
+        if self._pid:
+            os.close(ordered)
+            os.close(reports)
+            return
+        try:
+            last = max(ordered, reports)
+            for each in set(range(3, last)) - {ordered, reports}:
+                with contextlib.suppress(OSError):
+                    os.close(each)  # the port above all: the agent may have to open it again
+            os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))
+            _keep_frozen(ordered, reports, time.monotonic() + seconds)
+        finally:
+            os._exit(0)
+
+    def thaw(self) -> None:
+        """Let them go on; what is still being frozen does so when that is done."""
+        with contextlib.suppress(OSError):
+            os.write(self._orders, b"t")
+
+    def close(self) -> None:
+        """Let go of it; it ends by itself."""
+        os.close(self._orders)
+        os.close(self.report)
+        threading.Thread(target=_await_freezer, args=(self._pid,), daemon=True).start()
+
+
+def _await_freezer(pid: int) -> None:
+    if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):  # it could not thaw them
+        thaw()
+
+
+def _keep_frozen(orders: int, reports: int, deadline: float) -> None:
+    """Freeze in turn, say so, wait, thaw what was frozen; no file is written meanwhile. Source: ioctl_fs(2)."""
+    frozen: list[str] = []
+    problem = None
+    try:
+        for path, writable in on_disks(_read("/proc/self/mountinfo")):
+            if not writable:
+                continue
             try:
-                fcntl.ioctl(descriptor, _FITHAW, 0)
-                say(f"resumed: {path} was frozen, and goes on")
-            finally:
-                os.close(descriptor)
+                _tell_file_system(path, _FIFREEZE)
+                frozen.append(path)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    problem = f"{path}: {error.strerror}"
+                    break
+            if time.monotonic() >= deadline:
+                problem = "it took too long"
+                break
+        with contextlib.suppress(OSError):
+            os.write(reports, encode({"count": 0 if problem else len(frozen), "error": problem}))
+        if problem is None:
+            select.select([orders], [], [], max(0.0, deadline - time.monotonic()))
+    finally:
+        for path in reversed(frozen):
+            with contextlib.suppress(OSError):
+                _tell_file_system(path, _FITHAW)
 
 
 def set_address(old: str, new: str) -> None:

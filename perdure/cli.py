@@ -293,6 +293,9 @@ def _vm_verbs(verb: _Verb) -> None:
     snapshot.add_argument("vm", metavar="VM")
     snapshot.add_argument("--tag", metavar="T", action="append", default=[])
     snapshot.add_argument("--full", action="store_true", help="all memory and the state of the devices, at one instant")
+    snapshot.add_argument(
+        "--quiesce", action="store_true", help="with the guest's file systems frozen for the instant, or not at all"
+    )
     rollback = verb("rollback", "vm:rollback", "resume a full generation, or boot with the persistent memory of one")
     rollback.add_argument("point", metavar="VM@N")
     rollback.add_argument("--boot", action="store_true", help="boot with a full generation's persistent memory")

@@ -27,6 +27,7 @@ def made(generation: Generation, seconds: float, forgotten: Sequence[Generation]
         "stored_bytes": generation.stored_bytes,
         "pause_ms": generation.pause_ms,
         "full": generation.full,
+        "quiesced": generation.metadata.get("quiesced"),
         "seconds": round(seconds, 6),
         "disks": reads_of(generation),
         "forgotten": [point(each) for each in forgotten],
@@ -74,6 +75,7 @@ def generation(generation: Generation, *, full: bool = False) -> dict[str, Any]:
         "protected": generation.protected,
         "hurt": generation.hurt,
         "full": generation.full,
+        "quiesced": generation.metadata.get("quiesced"),
         "region_bytes": generation.region_bytes,
         "dirty_bytes": generation.dirty_bytes,
         "stored_bytes": generation.stored_bytes,
@@ -127,6 +129,9 @@ def generation_text(generation: Generation) -> Iterator[str]:
 def _fact_text(key: str, value: Any) -> Iterator[str]:
     """One fact of the VM's, whatever its shape: a line, or one for each part of it."""
     if key == "description":  # for copies of the VM
+        return
+    if key == "quiesced":
+        yield f"quiesced    {value} file systems of the guest were frozen at the instant"
         return
     if key == "tags":  # of memory, not the words that a generation is tagged with
         for tag in value:

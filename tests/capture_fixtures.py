@@ -2,7 +2,9 @@
 
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from store_fixtures import content
 
@@ -95,6 +97,10 @@ class WritingGuest:
     def prepare(self) -> None: ...
 
     def take_back(self) -> None: ...
+
+    def unsettle(self) -> None: ...
+
+    facts: Mapping[str, Any] = {}
 
     def device_state(self) -> int:
         raise AssertionError

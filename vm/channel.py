@@ -26,10 +26,12 @@ from typing import Protocol
 from base.errors import UsageError, one_line
 from vm import protocol
 from vm.protocol import (
+    ERROR_CHARACTERS_MAX,
     LINE_BYTES_MAX,
     NAME_CHARACTERS_MAX,
     Checkpoint,
     Committed,
+    Frozen,
     Hello,
     Mark,
     Query,
@@ -70,6 +72,9 @@ class GuestHandler(Protocol):
 
     async def query(self) -> Sequence[RegionEntry]:
         """All devices and tags."""
+
+    async def frozen(self, token: int, count: int, error: str | None) -> None:
+        """So many file systems of the guest are frozen, or none are, and why: printable, and short."""
 
     async def checkpoint(self, request: int, name: str | None) -> Committed:
         """Commit a generation. Keep the request's id with it, so that a new supervisor can `remember` it.
@@ -204,6 +209,20 @@ class GuestChannel:
         self._event = (generation, renew, addresses)
         self._send_event()
 
+    def freeze(self, token: int, seconds: float) -> bool:
+        """Have the guest freeze its file systems, for so many seconds at most; `frozen` is called with what it says.
+
+        Gives False if there is no connection.
+        """
+        if not self.connected:
+            return False
+        self._send(protocol.encode_freeze(token, seconds))
+        return True
+
+    def thaw(self) -> None:
+        """Let the guest's file systems go on."""
+        self._send(protocol.encode_thaw())
+
     def remember(self, request: int, committed: Committed) -> None:
         """A checkpoint that an earlier supervisor committed: asked for again, it is answered and not made again."""
         self._remember(request, protocol.encode_committed(request, committed))
@@ -272,6 +291,10 @@ class GuestChannel:
                 return protocol.encode_done(request.id)
             case Query():
                 return protocol.encode_regions(request.id, await self._handler.query(), request.start)
+            case Frozen():
+                error = None if request.error is None else protocol.printable(request.error, ERROR_CHARACTERS_MAX)
+                await self._handler.frozen(request.token, request.count, error)
+                return protocol.encode_done(request.id)
             case Checkpoint():
                 problem = protocol.name_problem(request.name)
                 if problem is not None:

@@ -17,6 +17,7 @@ from base.units import format_size
 PAUSE_MS_MIN = 1
 ROUNDS_MAX = 1000
 BANDWIDTH_MIN = 64 << 10
+QUIESCE_SECONDS_MIN, QUIESCE_SECONDS_MAX = 4, 300
 
 
 class Size(int):
@@ -46,6 +47,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes a second that write-back may store."""
     background_cpu_percent: int = 25
     """Share of one processor that write-back may use."""
+    quiesce: Literal["off", "try", "require"] = "off"
+    """Whether file systems of a running guest are frozen for the instant of a capture; try: if that can be."""
+    quiesce_seconds: int = 20
+    """For which they stay frozen at most."""
     tracker: Literal["auto", "scan", "userfaultfd"] = "auto"
     measurements: Literal["require", "warn", "ignore"] = "warn"
     fill_bandwidth: Size = Size(64 << 20)
@@ -92,6 +97,8 @@ def problems(policy: Policy, schedules: Sequence[Schedule]) -> Iterable[tuple[st
         yield "policy.background_bandwidth", f"must be at least {format_size(BANDWIDTH_MIN)} a second"
     if not 1 <= policy.background_cpu_percent <= 100:
         yield "policy.background_cpu_percent", "must be from 1 to 100, of one processor"
+    if not QUIESCE_SECONDS_MIN <= policy.quiesce_seconds <= QUIESCE_SECONDS_MAX:
+        yield "policy.quiesce_seconds", f"must be from {QUIESCE_SECONDS_MIN} to {QUIESCE_SECONDS_MAX}"
     for at, schedule in enumerate(schedules):
         yield from _schedule_problems(f"schedule[{at}]", schedule)
 

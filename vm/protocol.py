@@ -7,10 +7,11 @@ JSON lines in UTF-8 over a virtio-serial port. Guest to host, `id` chosen by the
     {"v":1,"id":N,"do":"unmark","address":A,"size":S}
     {"v":1,"id":N,"do":"query"}                        with "from":A, entries from that address on
     {"v":1,"id":N,"do":"checkpoint","name":null|"text"}
+    {"v":1,"id":N,"do":"frozen","token":T,"count":C,"error":null|"text"}     an event `freeze` has been acted on
 
 Host to guest, exactly one reply to each request, and events:
 
-    {"v":1,"id":N,"ok":true}                           mark, unmark
+    {"v":1,"id":N,"ok":true}                           mark, unmark, frozen
     {"v":1,"id":N,"ok":true,"regions":[...],"next":A|null}                         query
     {"v":1,"id":N,"ok":true,"vm":"demo","restored":N|null,"regions":[...],"next":A|null}   hello
     {"v":1,"id":N,"ok":true,"generation":N,"generation_id":"hex"}                  checkpoint, after the commit
@@ -19,6 +20,8 @@ Host to guest, exactly one reply to each request, and events:
     {"v":1,"event":"resumed","generation":N,"seed":"hex","time":T}     so are all memory and devices: it must take
                                                        new random numbers, and the time (seconds since 1970)
               ..."vm":"name","addresses":[["old","new"],...]}   and what the VM and its network cards are called now
+    {"v":1,"event":"freeze","token":T,"seconds":S}     freeze what file systems are on disks, for S seconds at most
+    {"v":1,"event":"thaw"}                             let them go on
 
 A listing that does not fit one line is cut: `next` is then the address to ask `from`. What is not a request at
 all is answered with id 0. Empty lines mean nothing: each side sends one when it starts, so that half a line left
@@ -110,7 +113,16 @@ class Checkpoint(msgspec.Struct, frozen=True, tag_field="do", tag="checkpoint"):
     name: str | None = None
 
 
-Request = Hello | Mark | Unmark | Query | Checkpoint
+class Frozen(msgspec.Struct, frozen=True, tag_field="do", tag="frozen"):
+    """So many file systems are frozen, by the event of that token; or none are, and why."""
+
+    id: int
+    token: int
+    count: int = 0
+    error: str | None = None
+
+
+Request = Hello | Mark | Unmark | Query | Checkpoint | Frozen
 
 
 class RegionEntry(msgspec.Struct, frozen=True, rename={"class_": "class"}):
@@ -156,7 +168,7 @@ class _Envelope(msgspec.Struct):
     do: Any = None
 
 
-_DO = ("hello", "mark", "unmark", "query", "checkpoint")
+_DO = ("hello", "mark", "unmark", "query", "checkpoint", "frozen")
 _ENVELOPE = msgspec.json.Decoder(_Envelope)
 _REQUEST: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _ENCODER = msgspec.json.Encoder()
@@ -204,7 +216,7 @@ def printable(text: str, length: int) -> str:
 
 
 def encode_done(request: int) -> bytes:
-    """The reply to mark and unmark."""
+    """The reply to mark, unmark and frozen."""
     return _reply(request, {})
 
 
@@ -241,6 +253,16 @@ def encode_resumed(
     if now is not None:
         renewal = {"seed": seed.hex(), "time": now, "vm": vm, "addresses": addresses}
     return _ENCODER.encode({"v": VERSION, "event": "resumed", "generation": generation, **renewal}) + b"\n"
+
+
+def encode_freeze(token: int, seconds: float) -> bytes:
+    """The event that has a guest freeze its file systems, for so many seconds at most."""
+    return _ENCODER.encode({"v": VERSION, "event": "freeze", "token": token, "seconds": seconds}) + b"\n"
+
+
+def encode_thaw() -> bytes:
+    """The event that lets them go on."""
+    return _ENCODER.encode({"v": VERSION, "event": "thaw"}) + b"\n"
 
 
 def _reply(request: int, facts: dict[str, Any]) -> bytes:

@@ -63,7 +63,8 @@ def reboot(options: Namespace) -> None:
 def snapshot(options: Namespace) -> None:
     """`perdure snapshot`"""
     output = _output(options)
-    done = _call(options.vm, "snapshot", {"tags": options.tag, "full": options.full}, output)
+    wanted = {"tags": options.tag, "full": options.full, "quiesce": options.quiesce}
+    done = _call(options.vm, "snapshot", wanted, output)
     output.result(done, lambda: [_snapshot_text(done), *reads_text(done["disks"])])
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from base.errors import VirtualMachineError
 from capture.disks import CapturedDisk, token_of
 from perdure.supervision.machine import Machine
+from perdure.supervision.quiescing import Instant
 from store.records import Generation
 from vm import bitmaps, disks, migration
 from vm.bitmaps import Followed
@@ -27,10 +28,19 @@ class Execution:
     """Stops and continues the guest.
 
     `leave_stopped`: what is captured is all that will have been; the supervisor continues it if that comes to nothing.
+    `quiesced`: the guest's file systems are frozen for the instant.
     """
 
-    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop, *, leave_stopped: bool = False) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        leave_stopped: bool = False,
+        quiesced: Instant | None = None,
+    ) -> None:
         self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
+        self._quiesced = quiesced
         self._left_stopped = False
 
     def runs(self) -> bool:
@@ -38,15 +48,30 @@ class Execution:
         return _wait(self._loop, self._machine.monitor.query_status()) == "running"
 
     def settle(self) -> None:
+        if self._quiesced is not None:
+            if self._left_stopped:
+                self._go_on_once_more()
+            _wait(self._loop, self._quiesced.begin())
         disks.sync(self._machine.description)
+
+    def unsettle(self) -> None:
+        if self._quiesced is not None:
+            self._loop.call_soon_threadsafe(self._quiesced.end)
 
     def prepare(self) -> None:
         _wait(self._loop, migration.prepare(self._machine.monitor))
 
     def stop(self) -> None:
-        if self._left_stopped:  # by a round before: in one stop, QEMU saves its devices only once
-            _wait(self._loop, self._machine.go_on())
+        if self._left_stopped:
+            self._go_on_once_more()
         _wait(self._loop, self._machine.stop())
+        if self._quiesced is not None:
+            self._quiesced.reached()
+
+    def _go_on_once_more(self) -> None:
+        """After a round before this one: in one stop, QEMU saves its devices only once."""
+        _wait(self._loop, self._machine.go_on())
+        self._left_stopped = False
 
     def device_state(self) -> int:
         return _wait(self._loop, self._machine.device_state())
@@ -55,6 +80,11 @@ class Execution:
         self._left_stopped = self._leave_stopped
         if not self._leave_stopped:
             _wait(self._loop, self._machine.go_on())
+        self.unsettle()
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {} if self._quiesced is None else self._quiesced.facts
 
     def take_back(self) -> None:
         with suppress(VirtualMachineError):  # a next supervisor will; what was captured is good

@@ -72,6 +72,10 @@ class Requests:
         """From the guest: all devices and tags."""
         return self._supervisor.machine.table.query()
 
+    async def frozen(self, token: int, count: int, error: str | None) -> None:
+        """From the guest: its file systems are frozen, or are not."""
+        self._supervisor.quiescing.frozen(token, count, error)
+
     async def checkpoint(self, request: int, name: str | None) -> Committed:
         """From the guest: a generation on request, committed when this returns."""
         metadata = {"checkpoint": {"request": request, "name": name}}
@@ -129,7 +133,8 @@ class Requests:
     async def _snapshot(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         tags = tuple(str(each) for each in arguments.get("tags", ()))
         full = bool(arguments.get("full"))
-        done = await self._supervisor.snapshot("snapshot", full=full, tags=tags, progress=progress)
+        quiesce = bool(arguments.get("quiesce"))
+        done = await self._supervisor.snapshot("snapshot", full=full, tags=tags, progress=progress, quiesce=quiesce)
         return documents.made(done.generation, done.seconds, done.forgotten)
 
     async def _rollback(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -157,7 +157,8 @@ async def _capture(supervisor: Supervisor, machine: Machine, *, full: bool) -> C
         if supervisor.state == "held":
             raise ConflictError(f"VM {supervisor.vm} is held and cannot be captured in full: --discard does without")
         await machine.require_full()
-        execution = Execution(machine, asyncio.get_running_loop(), leave_stopped=True)
+        quiesced = supervisor.quiesced(machine, "off" if supervisor.policy.quiesce == "off" else "try")
+        execution = Execution(machine, asyncio.get_running_loop(), leave_stopped=True, quiesced=quiesced)
         return await supervisor.capture_machine(machine, "before rollback", execution, full=True)
     await machine.stop()
     return await supervisor.capture_machine(machine, "before rollback", None)

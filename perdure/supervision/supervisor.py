@@ -38,6 +38,7 @@ from perdure.supervision.launcher import Launcher
 from perdure.supervision.machine import Machine
 from perdure.supervision.preparing import Preparation
 from perdure.supervision.preview import preview
+from perdure.supervision.quiescing import Instant, Mode, Quiescing
 from perdure.supervision.requests import Requests
 from perdure.supervision.rollback import Rollback, RolledBack, carry_out
 from perdure.supervision.schedule import Due, Timetable
@@ -101,6 +102,7 @@ class Supervisor:
         self.limits = Limits(self.policy.pause_ms_max, self.policy.rounds_max, self.policy.over_limit == "exceed")
         self.timetable = Timetable(self.vm, local.description.schedules, datetime.now(UTC))
         self.draining = Draining(self)
+        self.quiescing = Quiescing(self.vm, self.policy.quiesce_seconds)
         self._beside: list[asyncio.Task[None]] = []
 
     @property
@@ -155,13 +157,16 @@ class Supervisor:
         tags: tuple[str, ...] = (),
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        quiesce: bool = False,
     ) -> Captured:
-        """A generation of the running VM. Raises what capture raises, and ConflictError where a full one cannot be had;
-        the guest runs on in any case."""
+        """A generation of the running VM; `quiesce`: only with frozen file systems, else by policy. Raises what
+        capture raises, and ConflictError where a full one cannot be had; the guest runs on in any case."""
         async with self.operation:
             if full and self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
-            return await self._snapshot(cause, tags, metadata, progress, full=full)
+            if quiesce and self.state == "held":
+                raise ConflictError(f"VM {self.vm} is held: its file systems can be frozen when it runs")
+            return await self._snapshot(cause, tags, metadata, progress, full=full, quiesce=quiesce)
 
     @property
     def undisturbed(self) -> bool:
@@ -362,12 +367,20 @@ class Supervisor:
         progress: Progress | None = None,
         *,
         full: bool = False,
+        quiesce: bool = False,
     ) -> Captured:
         machine = self.machine
         if full:
             await machine.require_full()
-        execution = None if self.state == "held" else Execution(machine, asyncio.get_running_loop())
+        execution = None
+        if self.state != "held":
+            quiesced = self.quiesced(machine, "require" if quiesce else self.policy.quiesce)
+            execution = Execution(machine, asyncio.get_running_loop(), quiesced=quiesced)
         return await self.capture_machine(machine, cause, execution, tags, metadata, progress, full=full)
+
+    def quiesced(self, machine: Machine, mode: Mode) -> Instant | None:
+        """For a capture of a running guest."""
+        return None if mode == "off" else Instant(self.quiescing, machine, self.say, require=mode == "require")
 
     async def capture_machine(
         self,

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -32,7 +33,17 @@ PAGES = {"ram": 96, "pm0": 48}
 KEPT = ranges.normalise([(0, 4 * PAGE), (16 * PAGE, 24 * PAGE)])
 
 
-EVERYTHING = ["prepare", "prepare_disks", "settle", "stop", "device_state", "freeze_disks", "cont", "take_back"]
+EVERYTHING = [
+    "prepare",
+    "prepare_disks",
+    "settle",
+    "stop",
+    "device_state",
+    "freeze_disks",
+    "cont",
+    "take_back",
+    "unsettle",
+]
 CHUNK = DISK_CHUNK
 
 
@@ -266,6 +277,11 @@ class Guest:
     def take_back(self) -> None:
         self.note("take_back")
 
+    def unsettle(self) -> None:
+        self.note("unsettle")
+
+    facts = MappingProxyType({"quiesced": 3})
+
     def note(self, what: str) -> None:
         """What is done now; it may fail."""
         self.told.append(what)
@@ -283,6 +299,7 @@ def judge(repository: Repository, guest: Guest, done: Captured, *, full: bool) -
     """The generation has what memory had when the guest went on."""
     made = done.generation
     assert made.full is full
+    assert made.metadata["quiesced"] == 3
     assert guest.journal.baseline("pm0") == made.id
     if full:
         assert guest.told == [*EVERYTHING, "disks", "release_disks"]
@@ -294,7 +311,7 @@ def judge(repository: Repository, guest: Guest, done: Captured, *, full: bool) -
         assert made.region_bytes == sum(PAGES.values()) * PAGE + len(guest.devices) + len(guest.disk.instant)
         assert guest.journal.baseline("ram") == made.id
     else:
-        assert guest.told == ["settle", "stop", "cont"]
+        assert guest.told == ["settle", "stop", "cont", "unsettle"]
         assert list(made.regions) == ["pm0"]
         wanted = bytearray(PAGES["pm0"] * PAGE)
         for start, end in KEPT.tolist():
@@ -342,11 +359,11 @@ def fail(repository: Repository, guest: Guest, at: str) -> None:
     assert (
         guest.told
         == {
-            "prepare": ["prepare", "release_disks"],
-            "prepare_disks": ["prepare", "prepare_disks", "take_back", "release_disks"],
-            "settle": [*EVERYTHING[:3], "take_back", "release_disks"],
-            "stop": [*EVERYTHING[:4], "cont", "take_back", "release_disks"],  # it may stop after all
-            "device_state": [*EVERYTHING[:5], "cont", "take_back", "release_disks"],
+            "prepare": ["prepare", "unsettle", "release_disks"],
+            "prepare_disks": ["prepare", "prepare_disks", "take_back", "unsettle", "release_disks"],
+            "settle": [*EVERYTHING[:3], "take_back", "unsettle", "release_disks"],
+            "stop": [*EVERYTHING[:4], "cont", "take_back", "unsettle", "release_disks"],  # it may stop after all
+            "device_state": [*EVERYTHING[:5], "cont", "take_back", "unsettle", "release_disks"],
             "freeze_disks": [*EVERYTHING, "release_disks"],
             "disks": [*EVERYTHING, "disks", "release_disks"],
         }[at]

@@ -35,6 +35,7 @@ class Supervisor:
         self.table = RegionTable.create(folder / "t", "demo", [Device("pm0", 0, 1 << 40)])
         self.checkpoints: list[int] = []
         self.names: list[str | None] = []
+        self.frozen_by: list[tuple[int, int, str | None]] = []
         self.greetings: list[tuple[str, str]] = []
         self.may_commit = asyncio.Event()
         self.raises: BaseException | None = None
@@ -53,6 +54,9 @@ class Supervisor:
 
     async def query(self):
         return self.table.query()
+
+    async def frozen(self, token, count, error):
+        self.frozen_by.append((token, count, error))
 
     async def checkpoint(self, request, name):
         self.checkpoints.append(request)
@@ -321,6 +325,23 @@ def test_reset_forgets_what_the_guest_had_said(host, guest):
     again = host.accept()
     assert again.call("query")["ok"]
     again.close()
+
+
+def test_a_guest_is_told_to_freeze_and_says_what_became_of_it(host, guest):
+    assert guest.call("query")["ok"]
+    assert host.do(lambda: host.channel.freeze(7, 4))
+    assert guest.message() == {"v": 1, "event": "freeze", "token": 7, "seconds": 4}
+    assert guest.call("frozen", token=7, count=2, error=None)["ok"]
+    assert guest.call("frozen", token=7, count=0, error="/data: \x1b[2J" + "x" * 1000)["ok"]
+    assert guest.call("frozen", token="7")["kind"] == "malformed"
+    one, two = host.supervisor.frozen_by
+    assert one == (7, 2, None)
+    assert two[:2] == (7, 0) and two[2].startswith("/data: ?[2Jxx") and len(two[2]) < 500
+    host.do(host.channel.thaw)
+    assert guest.message() == {"v": 1, "event": "thaw"}
+    guest.close()
+    wait_for(lambda: not host.do(lambda: host.channel.connected))
+    assert not host.do(lambda: host.channel.freeze(8, 4))
 
 
 def test_events_reach_the_guest_now_or_with_the_next_connection(host, guest):

@@ -347,3 +347,18 @@ def test_the_port_is_found_without_udev(tmp_path):
     assert found == str(tmp_path / "dev/vport1p2")
     with pytest.raises(FileNotFoundError):
         guest.find_port("org.perdure.other.0", str(tmp_path / "sys"), str(tmp_path / "dev"))
+
+
+MOUNTS = """\
+20 1 0:5 / /proc rw,nosuid - proc proc rw
+21 1 254:1 / / rw,relatime - ext4 /dev/vda1 rw,errors=remount-ro
+22 21 254:2 / /with\\040space rw - ext4 /dev/vdb rw
+23 21 254:3 / /cd ro - iso9660 /dev/sr0 ro
+24 22 254:1 /srv /with\\040space/bound rw - ext4 /dev/vda1 rw,errors=remount-ro
+25 21 0:40 / /net rw - nfs host:/export rw
+26
+"""
+
+
+def test_file_systems_on_disks_are_found_once_the_last_one_first():
+    assert guest.on_disks(MOUNTS) == [("/cd", False), ("/with space", True), ("/", True)]

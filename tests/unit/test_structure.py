@@ -19,7 +19,7 @@ MAY_IMPORT = {
 
 SUPERVISION = (
     *("supervisor", "launcher", "machine", "running", "execution", "rollback"),
-    *("background", "lazily", "draining"),
+    *("background", "lazily", "draining", "quiescing"),
 )
 """Modules of supervision that run in the supervisor's loop."""
 
