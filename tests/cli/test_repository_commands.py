@@ -31,6 +31,7 @@ def test_import_log_show_diff_export_check(shell):
             "forgotten",
             "full",
             "disks",
+            "quiesced",
         ),
     }
     assert (made["vm"], made["generation"], made["region_bytes"], made["pause_ms"]) == ("web", 1, len(data), None)
