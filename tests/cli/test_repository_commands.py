@@ -5,10 +5,14 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 from store_fixtures import image
+
+from base import locks
+from store.catalog import INDEX_FOLDER
 
 PAGE = 4096
 
@@ -211,23 +215,22 @@ def test_a_full_disk_leaves_nothing_half_made(bare):
 
 
 def test_an_interrupted_import_exits_130(shell):
-    """SIGINT while it reads from a file that never ends: nothing is left of it."""
-    import signal
-
-    big = shell.root / "big"
-    with big.open("wb") as file:
-        for _ in range(64):
-            file.write(os.urandom(4 << 20))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "perdure", "import", "vm", f"ram={big}"],
-        env=shell.environment,
-        stderr=subprocess.PIPE,
-    )
+    """SIGINT when packs are there and nothing is committed, since somebody else writes: nothing is left of it."""
+    shell.json("log")  # makes the index
+    (index,) = (shell.root / "state" / "repositories").glob(f"*/{INDEX_FOLDER}")
+    shell.write("big", os.urandom(96 << 20))
     packs = shell.repository / "packs"
-    while not any(packs.iterdir()):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    with locks.held(index / "writing", "holding on", 0):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "perdure", "import", "vm", "ram=big", "--lock-wait", "600"],
+            cwd=shell.root,
+            env=shell.environment,
+            stderr=subprocess.PIPE,
+        )
+        while not any(packs.iterdir()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
     assert process.stderr is not None
     assert process.stderr.read().decode().splitlines() == ["perdure: interrupted"]
     assert shell.json("log") == {"generations": []}
