@@ -40,6 +40,8 @@ FACTS, CLAIMS, PROBLEM_TEXT = "lazy.json", "lazy.claims", "lazy.problem"
 SERVER, PHASE, PACE = 1, 2, 3
 PLANNED, PLACED, PLAN_COMPLETE, FAULTS, PREFETCHED, HELD, SERVERS, SLOWEST_US = 8, 9, 10, 11, 12, 13, 14, 15
 INTENT_REGION, INTENT_FIRST, INTENT_COUNT, FETCHED = 16, 17, 18, 19
+KEYRING = 40
+"""Number of the keyring that the server was given."""
 LATENCIES, BUCKETS, PER_OCTAVE = 64, 160, 8
 """Histogram of fault latencies: bucket `i` counts those from 2 ** (i / PER_OCTAVE) microseconds on."""
 

@@ -23,6 +23,7 @@ from restore.nursery import Nursery, spawned
 from restore.server import Job
 from store import leases
 from store.leases import Lease
+from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
 from vm.identity import Identity, ended
@@ -43,6 +44,8 @@ class LazyRestore:
         self._pipe: Connection | None = None
         self._lease: Lease | None = None
         self.pidfd = -1
+        self.told = ""
+        """What of `held` was said."""
 
     @classmethod
     def begin(
@@ -56,7 +59,11 @@ class LazyRestore:
         nursery: Nursery | None,
     ) -> LazyRestore:
         """Before QEMU is started: the record, and a server that gets ready meanwhile. `files`: backing files by region,
-        all holes; `folder` is the VM's runtime folder. Raises NotFoundError, StorageError, VirtualMachineError."""
+        all holes; `folder` is the VM's runtime folder. Raises NotFoundError, IntegrityError (a region is hurt),
+        StorageError, VirtualMachineError."""
+        with GenerationReader(repository, generation) as reader:
+            for name in files:
+                reader.require_whole(reader.region(name))
         sizes = {name: (path.name, path.stat().st_size) for name, path in files.items()}
         claims = Claims.create(memory, generation.vm, generation.id, sizes)
         made = cls(repository, _job(repository, memory, folder, working_sets), claims, folder, nursery)
@@ -129,6 +136,18 @@ class LazyRestore:
     def held(self) -> str:
         """What the store cannot give, in words; empty if all is well."""
         return self.claims.problem
+
+    @property
+    def waiting(self) -> bool:
+        """Whether QEMU may be waiting, without end, for memory that nobody can give it just now."""
+        if not self.claims.is_open or self.phase in (record.DONE, record.BROKEN):
+            return False
+        return self.pidfd < 0 or self.claims.word(record.HELD) > 0
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the server that serves has older keys than we have: what others store anew it cannot read."""
+        return self.phase == record.SERVING and self.claims.word(record.KEYRING) < self._repository.keys.header.number
 
     def hurry(self, *, on: bool = True) -> None:
         """Fill as fast as one processor can, or no more than its share of it."""

@@ -105,6 +105,7 @@ def _served(job: Job, keys: Keys) -> Iterator[PageServer]:
     with claims:
         claims.lock()
         claims.set(record.SERVER, os.getpid())
+        claims.set(record.KEYRING, keys.header.number)
         with Repository(Path(job.repository), keys, Path(job.state), disk=Disk(), lock_wait_s=_LOCK_WAIT_S) as opened:
             generation = opened.resolve(claims.facts.generation)
             names = [name for name, _, _ in claims.facts.regions]

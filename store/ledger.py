@@ -380,12 +380,12 @@ class Ledger:
         """
         epoch = epoch_of(data, sequence)
         if epoch > self.keys.current_epoch:
-            self._renew_keys()
+            self.renew_keys()
         if epoch > self.keys.current_epoch:
             raise IntegrityError(layout.record_name(sequence), unknown_epoch(epoch, self.keys.current_epoch))
 
-    def _renew_keys(self) -> None:
-        """Take the newest keys. Raises WrongPassphraseError, IntegrityError."""
+    def renew_keys(self) -> None:
+        """Take the newest keys, if somebody has changed them. Raises WrongPassphraseError, IntegrityError."""
         self.keys = self._newest_keys()
         self._locked_out = False
 

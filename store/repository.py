@@ -231,7 +231,7 @@ class Repository(Ledger):
             self._swept = True
         if not self._locked_out:
             try:
-                self._renew_keys()
+                self.renew_keys()
             except PerdureError:  # the keys at hand will do until somebody has written with newer ones
                 self._locked_out = True
         return GenerationWriter(self, vm, parent, bases or {}, ahead=ahead)
@@ -277,8 +277,8 @@ class Repository(Ledger):
         with self.environment.read() as txn:
             return self.catalog.policy(txn, vm, whole=whole)
 
-    def _renew_keys(self) -> None:
-        super()._renew_keys()
+    def renew_keys(self) -> None:
+        super().renew_keys()
         self.frames.renew(self.keys)
 
     def _look_again_at_damaged(self) -> None:

@@ -112,19 +112,24 @@ async def take_back(monitor: Monitor) -> None:
 async def load(monitor: Monitor, state: bytes) -> None:
     """Load a device state into a QEMU that was started with `-incoming defer`; the guest stays stopped.
 
-    Raises VirtualMachineError; QEMU may have ended then, and is of no use.
+    Raises VirtualMachineError; QEMU may have ended then, or hang, and is of no use.
     """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    writing = asyncio.create_task(asyncio.to_thread(_write_all, write_end, state))
+    given_up = os.eventfd(0, os.EFD_CLOEXEC)
+    writing = asyncio.create_task(asyncio.to_thread(_write_all, write_end, state, given_up))
     try:
-        await _set_shared(monitor, True)
-        await monitor.give_descriptor(_NAME, read_end)
-        await monitor.execute("migrate-incoming", uri=_URI)
-        await _completed(monitor, "load")
-        await _set_shared(monitor, False)
+        try:
+            await _set_shared(monitor, True)
+            await monitor.give_descriptor(_NAME, read_end)
+            await monitor.execute("migrate-incoming", uri=_URI)
+            await _completed(monitor, "load")
+            await _set_shared(monitor, False)
+        finally:
+            os.close(read_end)
+            os.eventfd_write(given_up, 1)  # a QEMU that hangs has a copy of the pipe, and does not read it
+            await writing
     finally:
-        os.close(read_end)
-        await writing
+        os.close(given_up)
 
 
 async def clean_up(monitor: Monitor) -> bool:
@@ -160,12 +165,15 @@ async def _completed(monitor: Monitor, what: str) -> None:
 async def _ended(monitor: Monitor, states: Collection[str]) -> dict[str, Any]:
     """What `query-migrate` says when it is in one of these states; `none` is before the first migration, and also for a
     moment after `migrate-incoming`."""
-    deadline = asyncio.get_running_loop().time() + SECONDS
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + SECONDS
     while True:
+        asked = clock()
         found: dict[str, Any] = await monitor.execute("query-migrate")
         if found.get("status", "none") in states:
             return found
-        if asyncio.get_running_loop().time() > deadline:
+        deadline += clock() - asked  # an answer has a time limit of its own, which is not always the same
+        if clock() > deadline:
             raise VirtualMachineError(f"VM {monitor.vm}: QEMU did not finish with the device state in {SECONDS} s")
         await asyncio.sleep(_LOOK_SECONDS)
 
@@ -218,9 +226,14 @@ def _read_all(vm: str, read_end: int, given_up: int) -> int:
     return memory
 
 
-def _write_all(write_end: int, data: bytes) -> None:
-    """All of it into a pipe, which is closed then, unless its reader is gone."""
+def _write_all(write_end: int, data: bytes, given_up: int) -> None:
+    """All of it into a pipe, which is closed then, unless its reader is gone, or there is something to read in
+    `given_up`."""
+    os.set_blocking(write_end, False)
+    poll = select.poll()
+    poll.register(write_end, select.POLLOUT)
+    poll.register(given_up, select.POLLIN)
     with open(write_end, "wb", buffering=0) as pipe, contextlib.suppress(BrokenPipeError):
         view = memoryview(data)
-        while view:
-            view = view[pipe.write(view) :]
+        while view and given_up not in dict(poll.poll()):
+            view = view[pipe.write(view) or 0 :]

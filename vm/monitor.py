@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,6 +28,8 @@ from vm.qemu import Qemu
 CONNECT_SECONDS = 20
 COMMAND_SECONDS = 30
 _RETRY_SECONDS = 0.002
+_SOME_SECONDS = 1.0
+"""How often it is asked whether QEMU is excused."""
 _CLOSE_SECONDS = 2
 
 _Result = TypeVar("_Result")
@@ -83,18 +85,27 @@ class Events:
             self._client.remove_listener(self._listener)
 
 
-class Monitor:
-    """A session; made by `connect`."""
+def never() -> bool:
+    """Whether QEMU is excused: it is not."""
+    return False
 
-    def __init__(self, qemu: Qemu, client: QMPClient) -> None:
+
+class Monitor:
+    """A session; made by `connect`. While `excused` says so, QEMU may take longer than any time limit: for when it is
+    known what it waits for."""
+
+    def __init__(self, qemu: Qemu, client: QMPClient, excused: Callable[[], bool] = never) -> None:
         self.vm = qemu.vm
+        self.excused = excused
         self._qemu, self._client = qemu, client
         self._lost = asyncio.Event()
         self._wait_until: float | None = None
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
-    async def connect(cls, qemu: Qemu, timeout_s: float = CONNECT_SECONDS) -> Monitor:
+    async def connect(
+        cls, qemu: Qemu, timeout_s: float = CONNECT_SECONDS, excused: Callable[[], bool] = never
+    ) -> Monitor:
         """Retry until it answers. Raises VirtualMachineError, with QEMU's own words if it has ended."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         connected = False
@@ -103,14 +114,16 @@ class Monitor:
             try:
                 async with asyncio.timeout_at(deadline):
                     await client.connect(str(qemu.folder.monitor))
-                return cls(qemu, client)
+                return cls(qemu, client, excused)
             except ConnectError as error:
                 connected = not isinstance(error.exc, OSError)
             except TimeoutError:
                 connected = qemu.folder.monitor.exists()
             if not qemu.alive():
                 raise VirtualMachineError(f"VM {qemu.vm}: {qemu.end()}")
-            if asyncio.get_running_loop().time() + _RETRY_SECONDS >= deadline:
+            if excused():
+                deadline = asyncio.get_running_loop().time() + timeout_s
+            elif asyncio.get_running_loop().time() + _RETRY_SECONDS >= deadline:
                 problem = "its monitor does not answer: another program is connected to it, or QEMU hangs"
                 if not connected:
                     problem = f"QEMU (process {qemu.pid}) does not listen at {qemu.folder.monitor}"
@@ -189,7 +202,12 @@ class Monitor:
         task = asyncio.ensure_future(waiting)
         lost = asyncio.ensure_future(self._lost.wait())
         try:
-            await asyncio.wait((task, lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            left, done = timeout_s, set[asyncio.Future[Any]]()
+            while not done and (left is None or left > 0):
+                some = None if left is None else min(left, _SOME_SECONDS)
+                done, _ = await asyncio.wait((task, lost), timeout=some, return_when=asyncio.FIRST_COMPLETED)
+                if left is not None and some is not None and not self.excused():
+                    left -= some
             if task.done():
                 return task.result()
             if self._lost.is_set():

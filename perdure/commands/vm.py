@@ -108,7 +108,7 @@ def _call(vm: str, command: str, arguments: dict[str, Any], output: Output) -> d
     if not folder.exists():
         raise NotFoundError(f"VM {vm} is not running: start it with perdure run")
     try:
-        return call(folder / CONTROL, command, arguments, output.progress())
+        return call(folder / CONTROL, command, arguments, output.progress(), output.note)
     except NotFoundError as error:
         pid = _unsupervised(vm) if isinstance(error.__cause__, OSError) else None  # else the supervisor has said it
         if pid is None:

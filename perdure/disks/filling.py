@@ -44,6 +44,11 @@ class Filling:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there may be a disk that is not filled."""
+        return not all(task.done() for task in self._tasks)
+
     @asynccontextmanager
     async def paused(self, *, while_: bool = True) -> AsyncIterator[None]:
         """No job runs inside, if `while_`. Raises VirtualMachineError."""

@@ -212,8 +212,12 @@ class Disks:
                     server.end()
                     said.append(f"the server of disk {', '.join(exports)} had ended, and is started again")
                     server = None
+                assert self._repository is not None
+                if server is not None and server.keyring < self._repository.keys.header.number:
+                    server.end()
+                    said.append(f"keys were changed, and the server of disk {', '.join(exports)} is given the new ones")
+                    server = None
                 if server is None:
-                    assert self._repository is not None
                     path = self._folder.images(token)
                     server = disk_server.start(self._described.name, self._repository, path, exports)
                 self._servers[token] = server

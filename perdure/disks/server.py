@@ -55,12 +55,14 @@ class _Orders(msgspec.Struct, frozen=True):
 
 
 class _Record(msgspec.Struct, frozen=True):
-    """Beside the socket: which process serves it, and why readers are held, by disk."""
+    """Beside the socket: which process serves it, why readers are held, by disk, and the number of the keyring that it
+    was given."""
 
     pid: int
     start_ticks: int
     boot: str
     held: dict[str, str] = {}
+    keyring: int = 0
 
 
 class DiskServer:
@@ -78,6 +80,12 @@ class DiskServer:
         """Why readers are held just now, by disk: what could not be read of the repository."""
         record = _read(self.path)
         return {} if record is None else record.held
+
+    @property
+    def keyring(self) -> int:
+        """Number of the keyring that it was given: what is sealed with later keys it cannot read."""
+        record = _read(self.path)
+        return 0 if record is None else record.keyring
 
     def end(self) -> None:
         """End it, and let go of it; what is connected to it waits for another."""
@@ -172,6 +180,7 @@ class _Server:
         self._path = Path(orders.socket)
         self._leaving = Event()
         self._held: dict[str, str] = {}
+        self._keyring = 0
         self._connections = 0
         self._lock = Lock()
 
@@ -183,6 +192,7 @@ class _Server:
         storage = LocalStorage(path)
         keys = Keys.from_handover(orders.keys, lambda name: storage.get(name))
         storage.close()
+        self._keyring = keys.header.number
         with Repository(path, keys, Path(orders.state)) as repository, contextlib.ExitStack() as stack:
             access = Access(repository)
             disks = {}
@@ -226,7 +236,7 @@ class _Server:
 
     def _note(self) -> None:
         identity = Identity.of(os.getpid())
-        record = _Record(identity.pid, identity.start_ticks, identity.boot, dict(self._held))
+        record = _Record(identity.pid, identity.start_ticks, identity.boot, dict(self._held), self._keyring)
         with contextlib.suppress(StorageError):
             replace_file(self._disk, _record(self._path), msgspec.json.encode(record), lasting=False)
 

@@ -1,4 +1,4 @@
-"""What a supervisor does beside a running VM without being asked: captures by schedule, and write-back.
+"""What a supervisor does beside a running VM without being asked: captures by schedule, write-back, keys.
 
 Tasks of the supervisor's event loop. What fails is said, and tried again when it is due again.
 """
@@ -16,7 +16,10 @@ from perdure.supervision.schedule import Due, Timetable
 _LOOK_SECONDS = 15.0
 """Between two looks at the clock, at most: it may be set, and a host that slept has slept the loop's clock, too."""
 _AGAIN_SECONDS = 30.0
-"""After write-back has failed."""
+"""After write-back, or taking new keys, has failed."""
+
+_KEYS_SECONDS = 1.0
+"""Between two looks for a newer keyring."""
 
 Capture = Callable[[Due], Awaitable[object]]
 
@@ -47,6 +50,25 @@ async def keep_drained(vm: str, step: Callable[[], Awaitable[float]], say: Calla
                 say(f"{vm}: dirty pages are not stored ahead: {said}")
             wait = _AGAIN_SECONDS
         await asyncio.sleep(wait)
+
+
+async def keep_keys(
+    vm: str, needed: Callable[[], bool], renew: Callable[[], Awaitable[None]], say: Callable[[str], None]
+) -> None:
+    """Take the newest keys while some process of ours needs what others may seal with them, until cancelled."""
+    said = ""
+    while True:
+        await asyncio.sleep(_KEYS_SECONDS)
+        if not needed():
+            continue
+        try:
+            await renew()
+            said = ""
+        except PerdureError as error:
+            if one_line(error) != said:
+                said = one_line(error)
+                say(f"{vm}: what is sealed with new keys cannot be read for it: {said}")
+            await asyncio.sleep(_AGAIN_SECONDS)  # a passphrase takes a third of a second to try
 
 
 def schedule_document(timetable: Timetable) -> dict[str, Any] | None:

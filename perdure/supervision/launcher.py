@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -59,8 +59,12 @@ class _Facts(msgspec.Struct, frozen=True):
 class Launcher:
     """Starts one VM."""
 
-    def __init__(self, local: Local) -> None:
+    def __init__(self, local: Local, say: Callable[[str], None], leaving: Callable[[], bool]) -> None:
+        """`leaving`: whether what waits without end is to be given up."""
         self.local, self.description, self.folder, self.disks = local, local.description, local.folder, local.disks
+        self._say, self._leaving = say, leaving
+        self.lazy: LazyRestore | None = None
+        """Of a launch or take-over that is under way."""
 
     def find(self) -> Qemu | None:
         """The QEMU of an earlier supervisor, if it still runs."""
@@ -90,7 +94,7 @@ class Launcher:
             raise
         monitor: Monitor | None = None
         try:
-            monitor = await Monitor.connect(qemu)
+            monitor = await Monitor.connect(qemu, excused=self._excused)
             tags = prepared.parent.metadata.get("tags", []) if prepared.parent is not None else []
             addresses = await monitor.address_map(int(self.description.memory))
             table = RegionTable.from_tags(
@@ -99,14 +103,15 @@ class Launcher:
             facts = await _facts_of(qemu, monitor)
             if prepared.lazy is not None:
                 await lazily.serve(prepared.lazy, qemu, facts)
-            machine = await self._attach(qemu, monitor, addresses, table, prepared, facts, elsewhere)
-            if prepared.devices is None:
-                await elsewhere(lambda: _verify_empty(prepared.memory, table))
-            else:
-                await migration.load(monitor, prepared.devices)
-            await self.before_boot(machine)
-            await elsewhere(self.disks.begun)
-            await monitor.cont()
+            async with self._waiting(prepared.lazy, qemu):
+                machine = await self._attach(qemu, monitor, addresses, table, prepared, facts, elsewhere)
+                if prepared.devices is None:
+                    await elsewhere(lambda: _verify_empty(prepared.memory, table))
+                else:
+                    await migration.load(monitor, prepared.devices)
+                await self.before_boot(machine)
+                await elsewhere(self.disks.begun)
+                await monitor.cont()
             with suppress(StorageError):  # the next launch tries again
                 await elsewhere(self.disks.remove_left)
             return machine
@@ -148,25 +153,30 @@ class Launcher:
         try:
             if lazy is not None:  # first: QEMU may wait for a page, and its monitor with it
                 await lazily.take_over(lazy, qemu)
-            monitor = await Monitor.connect(qemu)
-            await migration.clean_up(monitor)
-            await disks.release(monitor, self.folder)
-            await elsewhere(lambda: self.disks.taken_over(repository))
-            await hold.hold_on_reset(monitor)
-            addresses = await monitor.address_map(int(self.description.memory))
-            table = RegionTable.load(
-                self.local.table(memory.folder), self.description.name, self.local.devices(addresses)
-            )
-            for folder in self.local.memory_folders():  # of a rollback that was cut short
-                if folder != memory.folder:
-                    self.local.release_memory(folder)
-            journal = self.local.journal(qemu.record.identity)
-            bases = await elsewhere(lambda: self.local.bases(repository, journal))
-            parent = await elsewhere(lambda: self.local.parent(repository))
-            parent = max((*bases.values(), *([parent] if parent else ())), key=lambda each: each.number, default=None)
-            found = Prepared(memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings, lazy=lazy)
-            seen = await _facts_of(qemu, monitor)
-            return await self._attach(qemu, monitor, addresses, table, found, seen, elsewhere, journal, bases)
+            async with self._waiting(lazy, qemu):
+                monitor = await Monitor.connect(qemu, excused=self._excused)
+                await migration.clean_up(monitor)
+                await disks.release(monitor, self.folder)
+                await elsewhere(lambda: self.disks.taken_over(repository))
+                await hold.hold_on_reset(monitor)
+                addresses = await monitor.address_map(int(self.description.memory))
+                table = RegionTable.load(
+                    self.local.table(memory.folder), self.description.name, self.local.devices(addresses)
+                )
+                for folder in self.local.memory_folders():  # of a rollback that was cut short
+                    if folder != memory.folder:
+                        self.local.release_memory(folder)
+                journal = self.local.journal(qemu.record.identity)
+                bases = await elsewhere(lambda: self.local.bases(repository, journal))
+                parent = await elsewhere(lambda: self.local.parent(repository))
+                parent = max(
+                    (*bases.values(), *([parent] if parent else ())), key=lambda each: each.number, default=None
+                )
+                found = Prepared(
+                    memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings, lazy=lazy
+                )
+                seen = await _facts_of(qemu, monitor)
+                return await self._attach(qemu, monitor, addresses, table, found, seen, elsewhere, journal, bases)
         except BaseException as error:
             if monitor is not None:
                 await monitor.disconnect()
@@ -174,6 +184,19 @@ class Launcher:
             if lazy is not None:
                 lazy.close()
             raise
+
+    @asynccontextmanager
+    async def _waiting(self, lazy: LazyRestore | None, qemu: Qemu) -> AsyncIterator[None]:
+        """Any step inside may wait for memory, and as long as it does no time limit counts."""
+        self.lazy = lazy
+        try:
+            async with lazily.beside(lazy, qemu, self._say, self._leaving):
+                yield
+        finally:
+            self.lazy = None
+
+    def _excused(self) -> bool:
+        return self.lazy is not None and self.lazy.waiting and not self._leaving()
 
     async def before_boot(self, machine: Machine) -> None:
         """Run the user's hook: memory is in place, the guest's first instruction is not yet run."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from base.errors import ConflictError, IntegrityError, PerdureError, StorageError, VirtualMachineError, one_line
@@ -32,6 +32,9 @@ _MUCH_BYTES = 256 << 20
 _LOOK_S = 0.1
 _AGAIN_S = 1.0
 """Between attempts to start a page server, if one fails."""
+_NOT_BEGUN = "or interrupt `perdure run`, and begin elsewhere with --from VM@N"
+_BEGUN = "or go back elsewhere with `perdure rollback VM@N --discard`"
+"""What can be done about memory that cannot be read, before the guest goes on and after that."""
 
 
 def suits(
@@ -88,6 +91,42 @@ async def launch(
     return await launcher.launch(again, supervisor.in_store), again
 
 
+@asynccontextmanager
+async def beside(
+    lazy: LazyRestore | None, qemu: Qemu, say: Callable[[str], None], leaving: Callable[[], bool]
+) -> AsyncIterator[None]:
+    """While a QEMU is launched or taken over whose memory is served, and which may wait for it at any step: a server
+    that ends is replaced, what cannot be read is said at once, and waited for until we are `leaving`.
+
+    Raises VirtualMachineError then.
+    """
+    if lazy is None:
+        yield
+        return
+    try:
+        async with asyncio.timeout(None) as limit:
+            tasks = [
+                asyncio.create_task(watch(lazy, qemu, say, _NOT_BEGUN)),
+                asyncio.create_task(_give_up(lazy, leaving, limit)),
+            ]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise VirtualMachineError(f"VM {lazy.vm}: interrupted while it waited for memory") from error
+
+
+async def _give_up(lazy: LazyRestore, leaving: Callable[[], bool], limit: asyncio.Timeout) -> None:
+    while not (leaving() and lazy.waiting):
+        await asyncio.sleep(_LOOK_S)
+    limit.reschedule(asyncio.get_running_loop().time())
+
+
 async def take_over(lazy: LazyRestore, qemu: Qemu) -> None:
     """Have a page server before anything is asked of QEMU. Raises VirtualMachineError, and what the server found."""
     if lazy.pidfd < 0 and lazy.phase != claims.BROKEN:
@@ -103,7 +142,7 @@ def explain(error: BaseException, lazy: LazyRestore | None) -> None:
 async def see_to(supervisor: Supervisor, machine: Machine, lazy: LazyRestore) -> None:
     """Beside a VM whose memory is not all there yet; ends with that, or with the VM."""
     vm = supervisor.vm
-    while machine.lazy is lazy and await watch(machine, lazy, supervisor.say):
+    while machine.lazy is lazy and await watch(lazy, machine.qemu, supervisor.say, _BEGUN):
         async with supervisor.operation:
             if machine.lazy is not lazy:  # a capture needed all of it
                 return
@@ -117,22 +156,28 @@ async def see_to(supervisor: Supervisor, machine: Machine, lazy: LazyRestore) ->
             await supervisor.again_if_held(machine)
 
 
-async def watch(machine: Machine, lazy: LazyRestore, say: Callable[[str], None]) -> bool:
-    """Until all of the VM's memory is there: a server that ends is replaced, and what holds the guest is said.
+async def watch(lazy: LazyRestore, qemu: Qemu, say: Callable[[str], None], advice: str) -> bool:
+    """Until all of the VM's memory is there: a server that ends is replaced, and what holds the guest is said, with
+    what can be done about it.
 
     Gives False if memory turned out to be wrong: nothing goes on then.
     """
-    vm, told = machine.description.name, ""
+    vm = lazy.vm
     while lazy.phase not in (claims.DONE, claims.BROKEN):
         if await _ended(lazy):
             if lazy.phase in (claims.DONE, claims.BROKEN):  # and with DONE nobody needs one any more
                 break
-            await _replace(machine, lazy, say)
+            await _replace(lazy, qemu, say)
+            continue
+        if lazy.outdated:
+            say(f"{vm}: keys were changed, and its page server is given the new ones")
+            lazy.kill()
             continue
         held = lazy.held
-        if held != told:
-            say(f"{vm} waits for memory: {held}" if held else f"{vm}: all of its memory can be read again")
-            told = held
+        if held != lazy.told:
+            lazy.told = held
+            advised = f"; it goes on when that can be read: put the file back, or `perdure repair`; {advice}"
+            say(f"{vm} waits for memory: {held}{advised}" if held else f"{vm}: all of its memory can be read again")
     if lazy.phase == claims.BROKEN:
         say(f"{vm} IS HELD FOR GOOD: {lazy.held}")
         return False
@@ -230,13 +275,13 @@ async def _ended(lazy: LazyRestore) -> bool:
     return end.is_set()
 
 
-async def _replace(machine: Machine, lazy: LazyRestore, say: Callable[[str], None]) -> None:
-    if not machine.qemu.alive():
+async def _replace(lazy: LazyRestore, qemu: Qemu, say: Callable[[str], None]) -> None:
+    if not qemu.alive():
         await asyncio.sleep(_LOOK_S)  # the supervisor is going to notice
         return
-    vm = machine.description.name
+    vm = lazy.vm
     try:
-        await asyncio.to_thread(lazy.serve, machine.qemu.record.identity)
+        await asyncio.to_thread(lazy.serve, qemu.record.identity)
         say(f"{vm}: its page server had ended, another one goes on")
     except ConflictError as error:
         say(f"{vm}: {one_line(error)}")

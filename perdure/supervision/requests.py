@@ -11,6 +11,7 @@ from base.errors import QuotaError, UsageError, one_line
 from base.progress import Progress
 from base.units import format_size
 from perdure import documents
+from perdure.control import Reporter
 from perdure.supervision.background import schedule_document
 from perdure.supervision.disk_status import disk_status
 from perdure.supervision.rollback import Rollback
@@ -106,6 +107,8 @@ class Requests:
             document["disks"] = await self._followed_disks(supervisor.machine)
             document["next_capture"] = schedule_document(supervisor.timetable)
             document["write_back"] = await supervisor.draining.document()
+        elif supervisor.launcher.lazy is not None:
+            document["lazy"] = supervisor.launcher.lazy.status()
         return document
 
     def _disk_facts(self) -> list[dict[str, Any]]:
@@ -149,7 +152,8 @@ class Requests:
         )
         if arguments.get("dry_run"):
             return await self._supervisor.preview(wanted)
-        done = await self._supervisor.roll_back(wanted, progress)
+        told = progress.notice if isinstance(progress, Reporter) else None
+        done = await self._supervisor.roll_back(wanted, progress, told)
         return {
             **documents.point(done.generation),
             "goes_on_as": done.head.number,

@@ -139,6 +139,7 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         await supervisor.follow(following)
     except BaseException as error:  # there is no VM any more: the next run launches it from `head`
         await give_back()
+        supervisor.tell(_left_with(supervisor.vm, head, captured))
         supervisor.fail(error)
         raise
     await give_back()
@@ -162,6 +163,15 @@ async def _capture(supervisor: Supervisor, machine: Machine, *, full: bool) -> C
         return await supervisor.capture_machine(machine, "before rollback", execution, full=True)
     await machine.stop()
     return await supervisor.capture_machine(machine, "before rollback", None)
+
+
+def _left_with(vm: str, head: Prepared, captured: Captured | None) -> str:
+    """What there is when a rollback has failed after the old QEMU's end."""
+    kept = "was not captured before" if captured is None else f"was captured before, as {captured.generation.name}"
+    return (
+        f"{vm} does not run: it {kept}; the next `perdure run` goes on from "
+        f"{'nothing' if head.parent is None else head.parent.name}, or with --from from another generation"
+    )
 
 
 def _mixed(generation: Generation, wanted: Rollback, captured: Captured | None) -> Mixed | None:

@@ -81,8 +81,8 @@ class Supervisor:
         self, preparation: Preparation, repository: Repository, say: Callable[[str], None], progress: Progress
     ) -> None:
         local = preparation.local
-        self.local, self.preparation, self.launcher = local, preparation, Launcher(local)
-        self.repository, self.say = repository, say
+        self.local, self.preparation, self.repository, self.say = local, preparation, repository, say
+        self.launcher = Launcher(local, self.tell, lambda: self._leaving is not None)
         self.vm = local.name
         self.state = "starting"
         self.began = time.time()
@@ -95,6 +95,7 @@ class Supervisor:
         self._tidying: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._lazy: asyncio.Task[None] | None = None
+        self._told: Callable[[str], None] | None = None
         self._requests = Requests(self)
         self.filling: Filling | None = None
         """Of the disks that went back, while there is a QEMU."""
@@ -124,6 +125,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._interrupted, number)
         try:
             async with await serve(self.local.folder.control, self._requests.commands(), self.say):
+                renewed = background.keep_keys(self.vm, self._serves, self._renew_keys, self.say)
+                self._beside.append(asyncio.create_task(renewed))
                 async with self.operation:
                     await self._start(begin, boot, lazy=lazy)
                 schedule = background.keep_schedule(self.vm, self.timetable, self._scheduled, self.say)
@@ -173,6 +176,14 @@ class Supervisor:
         """Whether the VM runs, and nobody is about to leave it."""
         return self._machine is not None and self.state == "running" and self._leaving is None
 
+    def _serves(self) -> bool:
+        """Whether memory or disks are read from the repository by other processes, for as long as that takes."""
+        lazy = self.launcher.lazy or (self._machine and self._machine.lazy)
+        return lazy is not None or (self.filling is not None and self.filling.busy)
+
+    async def _renew_keys(self) -> None:
+        await self.in_store(self.repository.renew_keys)
+
     async def _scheduled(self, due: Due) -> None:
         if self._leaving is None:
             await self.snapshot("schedule", full=due.full and self.state != "held", tags=due.tags)
@@ -201,10 +212,23 @@ class Supervisor:
             await machine.hold_for_reset()
             return await self._go_through_reboot(machine, "host reboot")
 
-    async def roll_back(self, wanted: Rollback, progress: Progress) -> RolledBack:
-        """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one; see rollback."""
+    async def roll_back(
+        self, wanted: Rollback, progress: Progress, told: Callable[[str], None] | None = None
+    ) -> RolledBack:
+        """Boot a fresh QEMU with the persistent memory of a generation, or resume a full one; see rollback. `told`: who
+        asked for it, and is told as well what holds it up."""
         async with self.operation:
-            return await carry_out(self, wanted, progress)
+            self._told = told
+            try:
+                return await carry_out(self, wanted, progress)
+            finally:
+                self._told = None
+
+    def tell(self, text: str) -> None:
+        """Say something, also to who waits for a rollback."""
+        self.say(text)
+        if self._told is not None:
+            self._told(text)
 
     async def preview(self, wanted: Rollback) -> dict[str, Any]:
         """What that would change, as a document; nothing is changed."""
