@@ -279,6 +279,18 @@ def _vm_verbs(verb: _Verb) -> None:
     _lazy_or_eager(run)
     run.add_argument("--discard", action="store_true", help="drop memory that an ended QEMU left, uncaptured")
     run.add_argument("--without-restore", action="store_true", help="start with empty persistent memory")
+    attach = verb("attach", "attach:attach", "supervise a VM that something else launched")
+    attach.add_argument("file", metavar="VM.toml")
+    attach.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket, for Perdure alone")
+    attach.add_argument("--agent", metavar="SOCKET", help="socket of the guest channel, a virtserialport of QEMU's")
+    attach.add_argument(
+        "--reboots", choices=("hold", "pass"),
+        help="hold the guest's reboots for a capture, or let them pass; else held unless another program hears events",
+    )  # fmt: skip
+    attach.add_argument("--scrub", action="store_true", help="make zero what is not tagged, at held reboots")
+    verb("detach", "attach:detach", "leave an attached VM, with nothing of Perdure in it").add_argument(
+        "vm", metavar="VM"
+    )
     status = verb("status", "vm:status", "running VMs, or one in full")
     status.add_argument("vm", metavar="VM", nargs="?")
     disks = verb("disks", "disks:disks", "where the disks of a VM are")

@@ -18,6 +18,7 @@ from typing import Any
 
 from base.errors import NotFoundError, VirtualMachineError
 from vm.config import RAM
+from vm.naming import Names
 
 _VIEW = re.compile(r'^FlatView #\d+\n((?: AS "[^"\n]*".*\n)+) Root memory region: .*\n((?:  .*\n?)*)', re.MULTILINE)
 _RANGE = re.compile(
@@ -70,13 +71,17 @@ class AddressMap:
         return found
 
 
-def address_map(vm: str, devices: Iterable[Mapping[str, Any]], mtree: str, ram_size: int) -> AddressMap:
-    """From the result of `query-memory-devices`, the text of `info mtree -f`, and main memory's size in bytes.
+def address_map(
+    vm: str, devices: Iterable[Mapping[str, Any]], mtree: str, ram_size: int, names: Names | None = None
+) -> AddressMap:
+    """From the result of `query-memory-devices`, the text of `info mtree -f`, and main memory's size in bytes;
+    `names` say which memory back end is which region.
 
     Raises VirtualMachineError if the answers are not understood or contradict each other.
     """
-    shown = _shown(vm, mtree)
-    spans = [*_main_memory(vm, shown, ram_size), *_modules(vm, devices, shown)]
+    names = names or Names()
+    shown = _shown(vm, mtree, names)
+    spans = [*_main_memory(vm, shown, ram_size), *_modules(vm, devices, shown, names)]
     spans.sort(key=lambda span: span.address)
     for low, high in pairwise(spans):
         if low.end > high.address:
@@ -84,12 +89,17 @@ def address_map(vm: str, devices: Iterable[Mapping[str, Any]], mtree: str, ram_s
     return AddressMap(vm, tuple(spans))
 
 
-def _shown(vm: str, mtree: str) -> list[Span]:
-    """The ranges of memory in the flat view of the whole system, by QEMU's names."""
+def _shown(vm: str, mtree: str, names: Names) -> list[Span]:
+    """The ranges of memory in the flat view of the whole system; what is no region has QEMU's name."""
     for match in _VIEW.finditer(mtree.replace("\r\n", "\n")):
         if ' AS "memory", root: system' in match[1].splitlines():
             return [
-                Span(name, int(start, 16), int(last, 16) + 1 - int(start, 16), int(offset or "0", 16))
+                Span(
+                    names.region(name.removeprefix("/objects/")),
+                    int(start, 16),
+                    int(last, 16) + 1 - int(start, 16),
+                    int(offset or "0", 16),
+                )
                 for start, last, _, name, offset in _RANGE.findall(match[2])
             ]
     raise VirtualMachineError(f"VM {vm}: QEMU's memory map has no view of the system's memory")
@@ -109,12 +119,12 @@ def _main_memory(vm: str, shown: list[Span], size: int) -> list[Span]:
     return [Span(RAM, 0, low_size), Span(RAM, low_size + shift, size - low_size, low_size)]
 
 
-def _modules(vm: str, devices: Iterable[Mapping[str, Any]], shown: list[Span]) -> Iterable[Span]:
+def _modules(vm: str, devices: Iterable[Mapping[str, Any]], shown: list[Span], names: Names) -> Iterable[Span]:
     for device in devices:
         if device.get("type") != "nvdimm":
             continue
         facts = device["data"]
-        span = Span(str(facts["memdev"]).rpartition("/")[2], int(facts["addr"]), int(facts["size"]))
+        span = Span(names.region(str(facts["memdev"]).rpartition("/")[2]), int(facts["addr"]), int(facts["size"]))
         if span not in shown:
             raise VirtualMachineError(f"VM {vm}: region {span.region} is not at {span.address:#x} in QEMU's memory map")
         yield span

@@ -1,6 +1,6 @@
 """What the guest has written on its disks since a generation: QEMU's dirty bitmaps.
 
-Names of ours, on the node of a disk (`vm.disks.node_of`):
+Names of ours, on the node of a disk (`vm.naming`):
 
     perdure-since-TOKEN   records what is written from an instant on, in QEMU's memory
     perdure-kept-TOKEN    the same, and QEMU puts it into the image (qcow2) when it ends, and finds it there again
@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from base.errors import VirtualMachineError
-from vm.disks import node_of
 from vm.monitor import COMMAND_SECONDS, Monitor
 
 FROZEN = "perdure-frozen"
@@ -102,7 +101,8 @@ async def look(monitor: Monitor, disks: Sequence[str], *, timeout_s: float = COM
     """What QEMU has of these disks; those that it does not have are left out. Raises VirtualMachineError."""
     nodes = await monitor.execute("query-named-block-nodes", timeout_s=timeout_s)
     by_name = {each["node-name"]: each for each in nodes}
-    return {disk: _followed(disk, by_name[node_of(disk)]) for disk in disks if node_of(disk) in by_name}
+    found = {disk: by_name.get(monitor.names.node(disk)) for disk in disks}
+    return {disk: _followed(disk, node) for disk, node in found.items() if node is not None}
 
 
 async def prepare(monitor: Monitor, tokens: Mapping[str, str | None]) -> None:
@@ -111,11 +111,11 @@ async def prepare(monitor: Monitor, tokens: Mapping[str, str | None]) -> None:
     Raises VirtualMachineError.
     """
     for disk, followed in (await look(monitor, list(tokens))).items():
-        token = tokens[disk]
+        token, node = tokens[disk], monitor.names.node(disk)
         good = None if token is None else followed.since(token)
-        actions = [_remove(disk, each) for each in followed.bitmaps if each is not good]
+        actions = [_remove(node, each) for each in followed.bitmaps if each is not good]
         if good is not None and token is not None and good.kept:
-            actions += [*_copied(disk, good.name, _SINCE + token, kept=False), _remove(disk, good)]
+            actions += [*_copied(node, good.name, _SINCE + token, kept=False), _remove(node, good)]
         if actions:
             await _act(monitor, actions)
 
@@ -125,9 +125,10 @@ async def begin(monitor: Monitor, tokens: Mapping[str, tuple[str | None, str]]) 
     written from now on (second token). All or nothing. Raises VirtualMachineError."""
     actions = []
     for disk, (old, new) in tokens.items():
+        node = monitor.names.node(disk)
         if old is not None:
-            actions += _copied(disk, _SINCE + old, FROZEN, kept=False, records=False)
-        actions.append(_add(disk, _SINCE + new))
+            actions += _copied(node, _SINCE + old, FROZEN, kept=False, records=False)
+        actions.append(_add(node, _SINCE + new))
     if actions:
         await _act(monitor, actions)
 
@@ -139,14 +140,14 @@ async def settle(monitor: Monitor, tokens: Mapping[str, str | None]) -> None:
     Raises VirtualMachineError; the bitmap with the token is there in any case.
     """
     for disk, followed in (await look(monitor, list(tokens))).items():
-        token = tokens[disk]
+        token, node = tokens[disk], monitor.names.node(disk)
         good = None if token is None else followed.since(token)
         names = () if token is None else (_SINCE + token, _KEPT + token) if good is None else (good.name,)
-        others = [_remove(disk, each) for each in followed.bitmaps if each.name not in names]
+        others = [_remove(node, each) for each in followed.bitmaps if each.name not in names]
         if good is not None and token is not None and not good.kept and followed.driver in _KEEPING:
             with contextlib.suppress(VirtualMachineError):  # an old version of the format, an image that is full
-                kept = _copied(disk, good.name, _KEPT + token, kept=True)
-                await _act(monitor, [*others, *kept, _remove(disk, good)])
+                kept = _copied(node, good.name, _KEPT + token, kept=True)
+                await _act(monitor, [*others, *kept, _remove(node, good)])
                 continue
         if others:
             await _act(monitor, others)
@@ -183,19 +184,19 @@ def _is_right(bitmap: Bitmap) -> bool:
     return bitmap.recording and not bitmap.inconsistent
 
 
-def _copied(disk: str, source: str, target: str, *, kept: bool, records: bool = True) -> list[dict[str, Any]]:
-    arguments = {"node": node_of(disk), "target": target, "bitmaps": [source]}
+def _copied(node: str, source: str, target: str, *, kept: bool, records: bool = True) -> list[dict[str, Any]]:
+    arguments = {"node": node, "target": target, "bitmaps": [source]}
     merge = {"type": "block-dirty-bitmap-merge", "data": arguments}
-    return [_add(disk, target, kept=kept, records=records), merge]
+    return [_add(node, target, kept=kept, records=records), merge]
 
 
-def _add(disk: str, name: str, *, kept: bool = False, records: bool = True) -> dict[str, Any]:
-    data = {"node": node_of(disk), "name": name, "granularity": GRANULARITY, "persistent": kept}
+def _add(node: str, name: str, *, kept: bool = False, records: bool = True) -> dict[str, Any]:
+    data = {"node": node, "name": name, "granularity": GRANULARITY, "persistent": kept}
     return {"type": "block-dirty-bitmap-add", "data": data | {"disabled": not records}}
 
 
-def _remove(disk: str, bitmap: Bitmap) -> dict[str, Any]:
-    return {"type": "block-dirty-bitmap-remove", "data": {"node": node_of(disk), "name": bitmap.name}}
+def _remove(node: str, bitmap: Bitmap) -> dict[str, Any]:
+    return {"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": bitmap.name}}
 
 
 async def _act(monitor: Monitor, actions: Sequence[dict[str, Any]]) -> None:

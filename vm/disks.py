@@ -24,21 +24,12 @@ from base.errors import StorageError, VirtualMachineError
 from vm.config import Description
 from vm.folder import RuntimeFolder
 from vm.monitor import Monitor
+from vm.naming import device_path
 
 _OURS = "perdure-"
 _OLD, _FILTER, _THEN = f"{_OURS}old-", f"{_OURS}filter-", f"{_OURS}then-"
 _GONE_SECONDS = 30
 _LOOK_SECONDS = 0.005
-
-
-def device_of(disk: str) -> str:
-    """Id of a disk's device."""
-    return f"drive-{disk}"
-
-
-def node_of(disk: str) -> str:
-    """Block node of a disk."""
-    return f"disk-{disk}"
 
 
 def captured(vm: Description, *, full: bool = True) -> list[str]:
@@ -56,11 +47,11 @@ async def stuck(monitor: Monitor, *, timeout_s: float) -> dict[str, str]:
     if (await monitor.execute("query-status", timeout_s=timeout_s))["status"] != "io-error":
         return found  # what QEMU says of a device is not always taken back when the guest goes on
     for each in await monitor.execute("query-block", timeout_s=timeout_s):
-        device = str(each.get("qdev", "")).removesuffix("/virtio-backend").rpartition("/")[2]
+        disk = monitor.names.disk_at(device_path(each))
         status = each.get("io-status", "ok")
-        if device.startswith(device_of("")) and status != "ok":
+        if disk is not None and status != "ok":
             why = "there is no room for what it writes" if status == "nospace" else "an input/output error"
-            found[device.removeprefix(device_of(""))] = why
+            found[disk] = why
     return found
 
 
@@ -80,7 +71,7 @@ async def prepare(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str])
     await release(monitor, folder)
     nodes = {each["node-name"]: each for each in await monitor.execute("query-named-block-nodes", flat=True)}
     for number, disk in enumerate(disks):
-        size = int(nodes[node_of(disk)]["image"]["virtual-size"])
+        size = int(nodes[monitor.names.node(disk)]["image"]["virtual-size"])
         path = _file(folder, number)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -100,7 +91,7 @@ async def freeze(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str]) 
     for number, disk in enumerate(disks):
         old = {"driver": "file", "filename": str(_file(folder, number)), "node-name": f"{_OLD}{number}"}
         await _add(monitor, old | {"discard": "unmap"})
-        filter_ = {"driver": "copy-before-write", "node-name": f"{_FILTER}{number}", "file": node_of(disk)}
+        filter_ = {"driver": "copy-before-write", "node-name": f"{_FILTER}{number}", "file": monitor.names.node(disk)}
         await _add(monitor, filter_ | {"target": f"{_OLD}{number}", "on-cbw-error": "break-snapshot"})
         await _use(monitor, disk, f"{_FILTER}{number}")
         then = {"driver": "snapshot-access", "node-name": f"{_THEN}{number}", "file": f"{_FILTER}{number}"}
@@ -119,7 +110,7 @@ async def export(
     for number, disk in enumerate(disks):
         arguments: dict[str, Any] = {"type": "nbd", "id": f"{_OURS}{number}", "node-name": f"{_THEN}{number}"}
         if bitmaps and disk in bitmaps:
-            arguments["bitmaps"] = [{"node": node_of(disk), "name": bitmaps[disk]}]
+            arguments["bitmaps"] = [{"node": monitor.names.node(disk), "name": bitmaps[disk]}]
         await monitor.execute("block-export-add", **arguments, name=disk, writable=False)
 
 
@@ -134,11 +125,12 @@ async def release(monitor: Monitor, folder: RuntimeFolder) -> bool:
             if each["id"].startswith(_OURS):
                 await monitor.execute("block-export-del", id=each["id"], mode="hard")
         await _gone(monitor)
-        with contextlib.suppress(VirtualMachineError):  # it was not started, or is somebody else's
-            await monitor.execute("nbd-server-stop")
+        if folder.disks.exists():  # else it was not started, or one that runs is somebody else's
+            with contextlib.suppress(VirtualMachineError):
+                await monitor.execute("nbd-server-stop")
         await _delete(monitor, _THEN, nodes)
         for disk in await _filtered(monitor):
-            await _use(monitor, disk, node_of(disk))
+            await _use(monitor, disk, monitor.names.node(disk))
         await _delete(monitor, _FILTER, nodes)
         await _delete(monitor, _OLD, nodes)
     with contextlib.suppress(OSError):
@@ -157,7 +149,7 @@ async def _add(monitor: Monitor, node: dict[str, Any]) -> None:
 
 
 async def _use(monitor: Monitor, disk: str, node: str) -> None:
-    await monitor.execute("qom-set", path=f"/machine/peripheral/{device_of(disk)}", property="drive", value=node)
+    await monitor.execute("qom-set", path=monitor.names.device(disk), property="drive", value=node)
 
 
 async def _delete(monitor: Monitor, prefix: str, there: Sequence[str]) -> None:
@@ -172,10 +164,10 @@ async def _filtered(monitor: Monitor) -> list[str]:
     another one by now."""
     found = []
     for each in await monitor.execute("query-block"):
-        device = str(each.get("qdev", "")).removesuffix("/virtio-backend").rpartition("/")[2]
+        disk = monitor.names.disk_at(device_path(each))
         inserted = each.get("inserted") or {}
-        if str(inserted.get("node-name", "")).startswith(_FILTER) and device.startswith(device_of("")):
-            found.append(device.removeprefix(device_of("")))
+        if str(inserted.get("node-name", "")).startswith(_FILTER) and disk is not None:
+            found.append(disk)
     return found
 
 

@@ -36,7 +36,12 @@ from pathlib import Path
 
 from base.errors import VirtualMachineError
 
-_SYS_IOCTL, _SYS_USERFAULTFD, _SYS_PIDFD_GETFD = 16, 323, 438  # x86-64; pidfd_getfd has one number everywhere
+_SYS_CLOSE, _SYS_IOCTL, _SYS_USERFAULTFD, _SYS_PIDFD_GETFD = (
+    3,
+    16,
+    323,
+    438,
+)  # x86-64; pidfd_getfd has one number everywhere
 _USERFAULTFD_IOC_NEW = 0xAA00
 _USER_MODE_ONLY = 1
 
@@ -85,15 +90,25 @@ def inject(pid: int) -> int:
         raise VirtualMachineError(
             f"QEMU (pid {pid}): a userfaultfd can be injected on x86-64 only, this is {platform.machine()}"
         )
+    return int(_helped("make a userfaultfd in it", str(pid)))
+
+
+def close(pid: int, remote: int) -> None:
+    """Close a descriptor of QEMU's that was made by `inject`. Raises VirtualMachineError; QEMU goes on as before."""
+    _helped("close its userfaultfd", str(pid), str(remote))
+
+
+def _helped(what: str, pid: str, *more: str) -> str:
+    """What the helper prints."""
     root = str(Path(__file__).resolve().parent.parent)
-    command = [sys.executable, "-P", "-m", "vm.injection", str(pid)]
+    command = [sys.executable, "-P", "-m", "vm.injection", pid, *more]
     helper = subprocess.run(  # no timeout: it ends by itself, and must not be killed while QEMU's registers are changed
         command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, start_new_session=True
     )
     if helper.returncode != 0:
         said = (helper.stderr.strip().splitlines() or [f"helper ended with status {helper.returncode}"])[-1]
-        raise VirtualMachineError(f"QEMU (pid {pid}): cannot make a userfaultfd in it: {said}")
-    return int(helper.stdout)
+        raise VirtualMachineError(f"QEMU (pid {pid}): cannot {what}: {said}")
+    return helper.stdout
 
 
 def inject_here(pid: int) -> int:
@@ -300,11 +315,12 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> int:
-    """The helper: prints the number of the new descriptor in the process it is given, or one line of what is wrong."""
+    """The helper: prints the number of the new descriptor in the process it is given, or closes the one that is named;
+    or prints one line of what is wrong."""
     pid = int(arguments[0])
     try:
         with _signals_blocked():
-            print(_new_userfaultfd(pid))
+            print(_system_call(pid, _SYS_CLOSE, int(arguments[1])) if arguments[1:] else _new_userfaultfd(pid))
     except PermissionError as error:
         print(f"{error.strerror}: root or CAP_SYS_PTRACE is needed", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ Source: proc_pid_maps(5).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -48,3 +49,44 @@ def shared_mappings(pid: int, file: int) -> list[Mapping]:
     status = os.fstat(file)
     with open(f"/proc/{pid}/maps", "rb") as maps:
         return parse(maps.read(), status.st_dev, status.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What is mapped at an address: `mapping` has offsets into a file, whose `device` and `inode` are 0 if there is
+    none. What is written to a mapping that is not `shared` is the process's alone."""
+
+    mapping: Mapping
+    shared: bool
+    device: int
+    inode: int
+    name: str
+
+
+def place_at(maps: bytes, address: int) -> Place | None:
+    """What the text of a /proc/PID/maps has at an address; None if nothing is there."""
+    for line in maps.splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        start, end, _, sharing, offset, major, minor, number = match.groups()
+        if int(start, 16) <= address < int(end, 16):
+            name = line[match.end() :].strip().decode(errors="surrogateescape")
+            device = os.makedev(int(major, 16), int(minor, 16))
+            mapping = Mapping(int(start, 16), int(end, 16), int(offset, 16))
+            return Place(mapping, sharing == b"s", device, int(number), name)
+    return None
+
+
+def file_of(pid: int, place: Place) -> str:
+    """A path by which the file of a mapping can be opened, also one that has no name any more: by its name, by a
+    descriptor that the process has of it, or else by the mapping itself, which takes CAP_CHECKPOINT_RESTORE."""
+    names = [place.name]
+    with contextlib.suppress(OSError):
+        names += [f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd")]
+    for name in names:
+        with contextlib.suppress(OSError):
+            found = os.stat(name)
+            if (found.st_dev, found.st_ino) == (place.device, place.inode):
+                return name
+    return f"/proc/{pid}/map_files/{place.mapping.start:x}-{place.mapping.end:x}"

@@ -33,7 +33,6 @@ STATE_BYTES_MAX = 1 << 30
 _NAME = "perdure-state"
 _URI = f"fd:{_NAME}"
 _SHARED = "x-ignore-shared"
-_BANDWIDTH_DEFAULT = 128 << 20  # QEMU's own
 _BANDWIDTH = 1 << 40  # bytes a second: no limit, since the guest is stopped
 _LOOK_SECONDS = 0.001
 _PIPE_BYTES = 1 << 20  # what any user may ask for, see pipe(7)
@@ -59,6 +58,9 @@ async def obstacles(monitor: Monitor, disks: Collection[str]) -> tuple[str, ...]
 
 async def prepare(monitor: Monitor) -> None:
     """What can be set before the guest is stopped. Raises VirtualMachineError: nothing is left then."""
+    limit = int((await monitor.execute("query-migrate-parameters"))["max-bandwidth"])
+    if limit != _BANDWIDTH:
+        monitor.migration_bandwidth = limit
     try:
         await _set_shared(monitor, True)  # first here and last in `_reset`: `clean_up` goes by it
         await _set_bandwidth(monitor, _BANDWIDTH)
@@ -105,7 +107,7 @@ async def _write_state(monitor: Monitor, write_end: int) -> None:
 
 async def take_back(monitor: Monitor) -> None:
     """Undo `prepare`. Raises VirtualMachineError."""
-    await _set_bandwidth(monitor, _BANDWIDTH_DEFAULT)
+    await _set_bandwidth(monitor, monitor.migration_bandwidth)
     await _set_shared(monitor, False)
 
 

@@ -23,10 +23,12 @@ from qemu.qmp import Runstate as Session
 from base.errors import VirtualMachineError
 from vm import addresses
 from vm.addresses import AddressMap
+from vm.naming import Names
 from vm.qemu import Qemu
 
 CONNECT_SECONDS = 20
 COMMAND_SECONDS = 30
+BANDWIDTH_DEFAULT = 128 << 20  # of migrations, QEMU's own
 _RETRY_SECONDS = 0.002
 _SOME_SECONDS = 1.0
 """How often it is asked whether QEMU is excused."""
@@ -97,6 +99,10 @@ class Monitor:
     def __init__(self, qemu: Qemu, client: QMPClient, excused: Callable[[], bool] = never) -> None:
         self.vm = qemu.vm
         self.excused = excused
+        self.names = Names()
+        """What this QEMU calls the parts of the VM."""
+        self.migration_bandwidth = BANDWIDTH_DEFAULT
+        """Bytes a second that migrations may take that are not ours."""
         self._qemu, self._client = qemu, client
         self._lost = asyncio.Event()
         self._wait_until: float | None = None
@@ -181,7 +187,7 @@ class Monitor:
     async def address_map(self, ram_size: int) -> AddressMap:
         """Where the regions and `ram_size` bytes of main memory are in guest-physical memory now."""
         devices = await self.execute("query-memory-devices")
-        return addresses.address_map(self.vm, devices, await self.human("info mtree -f"), ram_size)
+        return addresses.address_map(self.vm, devices, await self.human("info mtree -f"), ram_size, self.names)
 
     async def wait_lost(self) -> None:
         """Return when the session has ended, from whichever side."""

@@ -55,7 +55,8 @@ class Qemu:
     def __init__(
         self, folder: RuntimeFolder, record: Record, pidfd: int, child: subprocess.Popen[bytes] | None = None
     ) -> None:
-        self.folder, self.record = folder, record
+        self.folder = folder
+        self.record = record
         self._pidfd, self._child = pidfd, child
         self._journal = _open_journal(folder)
 

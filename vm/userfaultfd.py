@@ -143,6 +143,18 @@ class Userfaultfd:
         """Let whoever waits for pages of a range touch them again. Raises VirtualMachineError."""
         self._ioctl("UFFDIO_WAKE", _UFFDIO_WAKE, struct.pack("2Q", start, size))
 
+    def end(self) -> None:
+        """Close QEMU's own, too: nothing of it is governed any more. Raises VirtualMachineError."""
+        try:
+            remotes = injection.held_descriptors(self.pid, _LINK)
+            ours = [each for each in remotes if _asked_features(self.pid, each) & FEATURES == FEATURES]
+        except OSError as error:
+            raise VirtualMachineError(
+                f"QEMU (pid {self.pid}): cannot look at its descriptors: {error.strerror}"
+            ) from error
+        for remote in ours:
+            injection.close(self.pid, remote)
+
     def close(self) -> None:
         """Close our copy; QEMU's stays, with all that is registered."""
         os.close(self.descriptor)

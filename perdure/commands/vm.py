@@ -29,7 +29,7 @@ def status(options: Namespace) -> None:
     """`perdure status`"""
     output = _output(options)
     if options.vm:
-        found = _call(options.vm, "status", {}, output)
+        found = call_supervisor(options.vm, "status", {}, output)
         output.result(found, lambda: _status_text(found))
         return
     all_of_them = []
@@ -40,7 +40,7 @@ def status(options: Namespace) -> None:
             name = path.parent.name
             pid = _unsupervised(name)
             if pid is not None:
-                hint = "take it over with perdure run"
+                hint = f"take it over with {_takes_over(name)}"
                 all_of_them.append({"vm": name, "state": "unsupervised", "pid": pid, "hint": hint})
     output.result({"vms": all_of_them}, lambda: _list_text(all_of_them))
 
@@ -48,7 +48,7 @@ def status(options: Namespace) -> None:
 def stop(options: Namespace) -> None:
     """`perdure stop`"""
     output = _output(options)
-    done = _call(options.vm, "stop", {"capture": options.capture}, output)
+    done = call_supervisor(options.vm, "stop", {"capture": options.capture}, output)
     made = f", captured as {options.vm}@{done['generation']}" if done.get("generation") else ""
     output.result(done, lambda: [f"{options.vm} stopped{made}"])
 
@@ -56,7 +56,7 @@ def stop(options: Namespace) -> None:
 def reboot(options: Namespace) -> None:
     """`perdure reboot`"""
     output = _output(options)
-    done = _call(options.vm, "reboot", {}, output)
+    done = call_supervisor(options.vm, "reboot", {}, output)
     output.result(done, lambda: [f"{options.vm} rebooted; {_kept_as(done)}"])
 
 
@@ -64,7 +64,7 @@ def snapshot(options: Namespace) -> None:
     """`perdure snapshot`"""
     output = _output(options)
     wanted = {"tags": options.tag, "full": options.full, "quiesce": options.quiesce}
-    done = _call(options.vm, "snapshot", wanted, output)
+    done = call_supervisor(options.vm, "snapshot", wanted, output)
     output.result(done, lambda: [_snapshot_text(done), *reads_text(done["disks"])])
 
 
@@ -76,7 +76,7 @@ def rollback(options: Namespace) -> None:
         raise UsageError(f"{options.point!r}: write VM@N, so that it is clear which VM is rolled back")
     names = ("point", "discard", "boot", "lazy", "memory_only", "force", "dry_run")
     arguments = {**{name: getattr(options, name) for name in names}, "disks": options.disk}
-    done = _call(vm, "rollback", arguments, output)
+    done = call_supervisor(vm, "rollback", arguments, output)
     output.result(done, lambda: preview_text(done) if options.dry_run else [_rollback_text(done)])
 
 
@@ -93,15 +93,15 @@ def regions(options: Namespace) -> None:
         arguments: dict[str, Any] = {"address": address, "size": count}
         if verb == "mark":
             arguments["name"] = options.name
-        found = _call(vm, verb, arguments, output)
+        found = call_supervisor(vm, verb, arguments, output)
     elif len(words) == 1:
-        found = _call(words[0], "regions", {}, output)
+        found = call_supervisor(words[0], "regions", {}, output)
     else:
         raise UsageError("write `regions VM`, `regions mark VM ADDRESS SIZE` or `regions unmark VM ADDRESS SIZE`")
     output.result(found, lambda: _regions_text(found["regions"]))
 
 
-def _call(vm: str, command: str, arguments: dict[str, Any], output: Output) -> dict[str, Any]:
+def call_supervisor(vm: str, command: str, arguments: dict[str, Any], output: Output) -> dict[str, Any]:
     if not vm or "/" in vm or vm.startswith("."):
         raise UsageError(f"{vm!r} is no VM name")
     folder = places.vm_runtime(vm)
@@ -113,7 +113,13 @@ def _call(vm: str, command: str, arguments: dict[str, Any], output: Output) -> d
         pid = _unsupervised(vm) if isinstance(error.__cause__, OSError) else None  # else the supervisor has said it
         if pid is None:
             raise
-        raise NotFoundError(f"VM {vm} runs unsupervised (process {pid}): take it over with perdure run") from error
+        raise NotFoundError(
+            f"VM {vm} runs unsupervised (process {pid}): take it over with {_takes_over(vm)}"
+        ) from error
+
+
+def _takes_over(vm: str) -> str:
+    return "perdure attach" if (places.vm_runtime(vm) / "attached").exists() else "perdure run"
 
 
 def _unsupervised(vm: str) -> int | None:
@@ -156,6 +162,10 @@ def _list_text(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _status_text(found: dict[str, Any]) -> Iterator[str]:
+    if found.get("attached"):
+        attached = found["attached"]
+        reboots = {"hold": "held", "pass": "not held"}[attached["reboots"]]
+        yield f"attached     {attached['socket']}, reboots {reboots}"
     for key in ("vm", "state", "pid", "generation", "repository", "accelerator", "tracker", "full", "agent"):
         if found.get(key) is not None:
             yield f"{key:<12} {found[key]}"

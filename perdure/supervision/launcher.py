@@ -13,11 +13,11 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from base.errors import StorageError, VirtualMachineError
+from base.errors import ConflictError, StorageError, VirtualMachineError
 from capture.choice import Facts, probe_facts
 from capture.journal import Journal
 from capture.tracking import start_tracking
-from perdure.supervision import lazily, leftovers
+from perdure.supervision import lazily, leaving, leftovers
 from perdure.supervision.local import Local
 from perdure.supervision.machine import Machine
 from perdure.supervision.preparing import Prepared
@@ -67,8 +67,14 @@ class Launcher:
         """Of a launch or take-over that is under way."""
 
     def find(self) -> Qemu | None:
-        """The QEMU of an earlier supervisor, if it still runs."""
-        return Qemu.find(self.folder)
+        """The QEMU of an earlier supervisor, if it still runs. Raises ConflictError if it was not launched by one."""
+        qemu = Qemu.find(self.folder)
+        if qemu is not None and leaving.FACT in qemu.record.facts:
+            with qemu:
+                raise ConflictError(
+                    f"VM {self.local.name} runs (process {qemu.pid}), launched by somebody else: use perdure attach"
+                )
+        return qemu
 
     async def launch(self, prepared: Prepared, elsewhere: Elsewhere, *, after: int | None = None) -> Machine:
         """Start QEMU with prepared memory, attach everything, run the hook, let the guest begin, or go on. `after`: the
@@ -100,7 +106,7 @@ class Launcher:
             table = RegionTable.from_tags(
                 self.local.table(prepared.memory.folder), self.description.name, self.local.devices(addresses), tags
             )
-            facts = await _facts_of(qemu, monitor)
+            facts = await facts_of(qemu, monitor)
             if prepared.lazy is not None:
                 await lazily.serve(prepared.lazy, qemu, facts)
             async with self._waiting(prepared.lazy, qemu):
@@ -175,7 +181,7 @@ class Launcher:
                 found = Prepared(
                     memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings, lazy=lazy
                 )
-                seen = await _facts_of(qemu, monitor)
+                seen = await facts_of(qemu, monitor)
                 return await self._attach(qemu, monitor, addresses, table, found, seen, elsewhere, journal, bases)
         except BaseException as error:
             if monitor is not None:
@@ -275,7 +281,7 @@ class Launcher:
             restored=prepared.restored.generation.number if prepared.restored else None,
             resumed=prepared.devices is not None,
             full_problems=(
-                *await migration.obstacles(monitor, [disks.node_of(name) for name in captured]),
+                *await migration.obstacles(monitor, [monitor.names.node(name) for name in captured]),
                 *await plugged.changes(monitor, qemu.record.argv),
             ),
             warnings=prepared.warnings,
@@ -286,7 +292,7 @@ class Launcher:
         )
 
 
-async def _facts_of(qemu: Qemu, monitor: Monitor) -> Facts:
+async def facts_of(qemu: Qemu, monitor: Monitor) -> Facts:
     """What it depends on whether this QEMU's memory can be followed, and served."""
     listed = [
         each["type"]

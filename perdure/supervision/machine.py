@@ -14,7 +14,7 @@ from typing import Any
 
 from base import extents as ranges
 from base.errors import ConflictError, PerdureError, StorageError, VirtualMachineError
-from base.units import PAGE
+from base.units import PAGE, format_size
 from capture.generation import Captured
 from capture.journal import Journal
 from capture.pause import PauseModel
@@ -176,6 +176,10 @@ class Machine:
                 os.close(descriptor)
         return total
 
+    def scrubbed_text(self, scrubbed: int) -> str:
+        """What was done to memory that is not kept, by the bytes that `scrub` gave."""
+        return f"{format_size(scrubbed)} scrubbed, verified"
+
     def _base_is_full(self, region: str) -> bool:
         return region in self.bases and self.bases[region].full
 
@@ -216,7 +220,7 @@ class Machine:
 
     async def require_full(self) -> None:
         """Raises ConflictError if there can be no full generation of this VM now."""
-        obstacles = await migration.obstacles(self.monitor, [disks.node_of(name) for name in self.disks])
+        obstacles = await migration.obstacles(self.monitor, [self.monitor.names.node(name) for name in self.disks])
         self.full_problems = (*obstacles, *await plugged.changes(self.monitor, self.qemu.record.argv))
         if self.full_problems:
             raise ConflictError(

@@ -40,6 +40,7 @@ class Requests:
         return {
             "status": self._status,
             "stop": self._stop,
+            "detach": self._detach,
             "reboot": self._reboot,
             "snapshot": self._snapshot,
             "rollback": self._rollback,
@@ -128,6 +129,11 @@ class Requests:
         del progress
         ended = await self._supervisor.stop(keep=bool(arguments.get("capture")))
         return {"vm": self._supervisor.vm, "stopped": True, "generation": ended.generation}
+
+    async def _detach(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        del arguments, progress
+        await self._supervisor.detach()
+        return {"vm": self._supervisor.vm, "detached": True}
 
     async def _reboot(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         del arguments, progress

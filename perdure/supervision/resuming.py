@@ -7,6 +7,7 @@ the words mean today. And it goes on only with disks that hold what they held at
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -75,11 +76,32 @@ def require_same_devices(generation: Generation, devices: Sequence[str], *, copi
     then = [str(each) for each in generation.metadata.get("devices", ())]
     if copied:
         then, devices = without_addresses(then), without_addresses(devices)
+    then, devices = [one_way(each) for each in then], [one_way(each) for each in devices]
     problems = [f"it lacks {each}" for each in then if each not in devices]
     problems += [f"it has {each}, which the generation lacks" for each in devices if each not in then]
     if not problems and then != list(devices):
         problems.append("its devices are in another order")
     _require(generation, problems)
+
+
+def one_way(device: str) -> str:
+    """An argument that makes a device, as vm.command_line.devices_of gives it, in one of the ways in which QEMU takes
+    it: `-device {"driver":"nvdimm","id":"a"}` is `-device nvdimm,id=a`."""
+    option, _, value = device.partition(" ")
+    if option != "-device":
+        return device
+    if value.startswith("{"):
+        try:
+            fields = json.loads(value)
+        except (ValueError, RecursionError):
+            return device
+        words = {str(name): _word(each) for name, each in fields.items()}
+        driver = words.pop("driver", "")
+    else:
+        driver, *rest = value.split(",")
+        words = dict(each.partition("=")[::2] for each in rest)
+        driver = words.pop("driver", driver.removeprefix("driver="))
+    return f"-device {','.join([driver, *(f'{name}={each}' for name, each in sorted(words.items()))])}"
 
 
 def require_same_disks(generation: Generation, description: Description) -> None:
@@ -119,6 +141,10 @@ def _region_problems(then: dict[str, int], now: dict[str, int]) -> Iterator[str]
 
 def _differs(what: str, then: Any, now: Any) -> str:
     return f"{what} was {then} and is {now}"
+
+
+def _word(value: object) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _family(machine: str) -> str:

@@ -1,4 +1,4 @@
-"""`perdure run`: everything before and after the supervisor's event loop.
+"""`perdure run` and `perdure attach`: everything before and after the supervisor's event loop.
 
 Worker processes are forked first, before LMDB is opened and before there are threads.
 """
@@ -18,7 +18,9 @@ from base.progress import Progress
 from perdure import places
 from perdure.opening import opened
 from perdure.output import Output
-from perdure.supervision import leftovers
+from perdure.supervision import leaving, leftovers
+from perdure.supervision.attached import AttachedSupervisor
+from perdure.supervision.attaching import Wanted
 from perdure.supervision.cloning import described_copy, require_free
 from perdure.supervision.local import Local
 from perdure.supervision.preparing import Preparation
@@ -51,6 +53,45 @@ def run_vm(options: Namespace, output: Output) -> int:
     return 130 if ended.interrupted else 1 if ended.failed else 0
 
 
+def attach_vm(options: Namespace, output: Output) -> int:
+    """Supervise what something else launched, until it is left or ends; gives the exit code."""
+    if options.scrub and options.reboots == "pass":
+        raise UsageError("--scrub is done at a held reboot: not with --reboots pass")
+    description = load(Path(options.file))
+    path = _repository(options.repository, description)
+    local = _local_files(description)
+    agent = None if options.agent is None else Path(options.agent)
+    wanted = Wanted(Path(options.qmp), agent, options.reboots, options.scrub)
+    with ExitStack() as last:
+        repository = last.enter_context(opened(path, workers=True, progress=output.progress()))
+        stream = sys.stderr if output.json else sys.stdout
+        speaker = last.enter_context(Speaker(stream.fileno(), output.progress()))
+        say = _nothing if output.quiet else speaker.say
+
+        def begin(runs: bool, progress: Progress) -> None:
+            del runs, progress
+            _say_damage(repository, say)
+
+        async def supervise() -> Ended:
+            supervisor = AttachedSupervisor(Preparation(local), repository, say, speaker.progress, wanted)
+            return await supervisor.run(begin)
+
+        ended = asyncio.run(supervise())
+    if ended.forgotten:
+        leaving.forget(local.folder)
+    output.result(
+        {"vm": local.name, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
+        lambda: [f"{local.name}: {ended.reason}"],
+    )
+    return 130 if ended.interrupted else 1 if ended.failed else 0
+
+
+def _say_damage(repository: Repository, say: Callable[[str], None]) -> None:
+    damaged = repository.damaged()
+    if damaged:
+        say(f"packs/{damaged[0].pack_id} {damaged[0].problem}: captures read everything until `perdure repair` has run")
+
+
 def _run(options: Namespace, output: Output, description: Description | None, path: Path) -> tuple[Ended, str]:
     """Events of the VM, one line each, go to standard output, which with --json belongs to the document.
 
@@ -69,12 +110,7 @@ def _run(options: Namespace, output: Output, description: Description | None, pa
         say = _nothing if output.quiet else speaker.say
 
         def begin(runs: bool, progress: Progress) -> Generation | None:
-            damaged = repository.damaged()
-            if damaged:
-                say(
-                    f"packs/{damaged[0].pack_id} {damaged[0].problem}: captures read everything "
-                    "until `perdure repair` has run"
-                )
+            _say_damage(repository, say)
             return _to_restore(options, found, repository, say, runs, progress)
 
         boot = True if options.boot else False if options.point else None

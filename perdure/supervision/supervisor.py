@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 from base.errors import ConflictError, IntegrityError, PerdureError, one_line
 from base.progress import Progress
-from base.units import format_size
 from capture.disks import reads_of
 from capture.generation import Captured, capture
 from capture.pause import Limits
@@ -61,13 +60,14 @@ Begin = Callable[[bool, Progress], Generation | None]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why a supervisor returned. `detached`: the guest runs on without it."""
+    """Why a supervisor returned. `detached`: the guest runs on without it; `forgotten`: nothing of it is left here."""
 
     reason: str
     detached: bool = False
     interrupted: bool = False
     failed: bool = False
     generation: int | None = None
+    forgotten: bool = False
 
 
 class _LeavingError(PerdureError):
@@ -103,6 +103,7 @@ class Supervisor:
         self.limits = Limits(self.policy.pause_ms_max, self.policy.rounds_max, self.policy.over_limit == "exceed")
         self.timetable = Timetable(self.vm, local.description.schedules, datetime.now(UTC))
         self.draining = Draining(self)
+        self.left = _LEFT
         self.quiescing = Quiescing(self.vm, self.policy.quiesce_seconds)
         self._beside: list[asyncio.Task[None]] = []
 
@@ -204,6 +205,10 @@ class Supervisor:
             ended = Ended("stopped", generation=number)
             self._end(ended)
             return ended
+
+    async def detach(self) -> Ended:
+        """Leave the VM to whoever launched it; refused, since that was a supervisor."""
+        raise ConflictError(f"VM {self.vm} was launched by perdure run: SIGTERM of that leaves it running")
 
     async def reboot(self) -> Captured | None:
         """Reboot the VM from the host: capture, scrub, reset, as when the guest does it."""
@@ -372,7 +377,7 @@ class Supervisor:
         await self.launcher.before_boot(machine)
         await machine.go_on_after_hold()
         self.state = "running"
-        self.say(f"{self.vm} rebooted: {format_size(scrubbed)} scrubbed, verified")
+        self.say(f"{self.vm} rebooted: {machine.scrubbed_text(scrubbed)}")
         return done
 
     async def _try_capture(self, machine: Machine, cause: str) -> Captured | None:
@@ -530,7 +535,7 @@ class Supervisor:
                 except PerdureError as error:
                     self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
             runs = self._machine is not None
-            self._end(Ended(_LEFT if runs else "interrupted", detached=runs, interrupted=True))
+            self._end(Ended(self.left if runs else "interrupted", detached=runs, interrupted=True))
 
     def _unless_leaving(self, what: str, done: int, total: int) -> None:
         """Progress of a start, which is interrupted where it reports: what it has made is taken back then."""

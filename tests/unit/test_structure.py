@@ -20,6 +20,7 @@ MAY_IMPORT = {
 SUPERVISION = (
     *("supervisor", "launcher", "machine", "running", "execution", "rollback"),
     *("background", "lazily", "draining", "quiescing"),
+    *("borrowed", "guard"),
 )
 """Modules of supervision that run in the supervisor's loop."""
 

@@ -1,0 +1,197 @@
+"""`perdure attach`, end to end: a QEMU that the test has launched as anybody would, not Perdure.
+
+Judged by QEMU's own pmemsave while the judge has the guest stopped, by qemu-img, and by what QEMU does by itself once
+Perdure is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import judge
+import pytest
+from supervised import MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
+from test_full import different_pages, export
+from test_survival import IN_GUEST, await_boot, content, go_down, write
+
+from vm.protocol import PORT_NAME
+
+pytestmark = pytest.mark.qemu
+
+QMP, AGENT = "theirs.sock", "agent.sock"
+
+
+class Theirs(Supervised):
+    """A VM that a script launches. `shared`: its memory lies in files that others can map, too; `disks`: arguments."""
+
+    def __init__(self, image: Image, *, shared: bool = True, disks: tuple[str, ...] = (), settings: str = "") -> None:
+        super().__init__(image, settings=settings)
+        self.image, self.shared, self.disks = image, shared, disks
+        self.qemu: subprocess.Popen[bytes] | None = None
+
+    def arguments(self) -> list[str]:
+        """As somebody writes them down."""
+        memory = [
+            *("-object", self._memory("ram", MEMORY), "-object", self._memory("pm0", REGION)),
+            *(
+                "-machine",
+                "q35,memory-backend=ram,nvdimm=on",
+                "-m",
+                f"{MEMORY >> 20}M,slots=1,maxmem={(MEMORY + REGION) >> 20}M",
+            ),
+            *("-device", "nvdimm,memdev=pm0,id=nvdimm-pm0"),
+        ]
+        channel = [
+            *("-chardev", f"socket,id=agent,path={self.folder}/{AGENT},server=on,wait=off"),
+            *("-device", "virtio-serial-pci,id=channels", "-device", f"virtserialport,chardev=agent,name={PORT_NAME}"),
+        ]
+        tested = [
+            *("-qmp", f"unix:{self.folder}/{judge.SOCKET},server=on,wait=off"),
+            *("-chardev", f"socket,id=test,path={self.folder}/test.sock,server=on,wait=off"),
+            *("-device", "virtserialport,chardev=test,name=org.perdure.test.0", "-device", "pvpanic-pci"),
+        ]
+        boots = ["-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)]
+        boots += ["-append", "console=ttyS0 quiet panic=-1 no_timer_check"]
+        return [
+            *("qemu-system-x86_64", "-name", "theirs", "-nodefaults", "-display", "none"),
+            *("-accel", "tcg", "-cpu", "max"),
+            *("-qmp", f"unix:{self.folder}/{QMP},server=on,wait=off", "-serial", f"file:{self.folder}/console"),
+            *memory,
+            *channel,
+            *boots,
+            *("-device", "vmgenid,guid=auto"),
+            *self.disks,
+            *tested,
+        ]  # fmt: skip
+
+    def _memory(self, name: str, size: int) -> str:
+        if not self.shared:
+            return f"memory-backend-ram,id={name},size={size}"
+        return f"memory-backend-file,id={name},size={size},mem-path={self.folder}/{name}.theirs,share=on"
+
+    def launch(self) -> None:
+        """Their script, until the guest is up."""
+        self.qemu = subprocess.Popen(
+            self.arguments(), stdin=subprocess.DEVNULL, cwd=self.folder, start_new_session=True
+        )
+        self.guest.wait_ready(SECONDS)
+        self.guest.run(IN_GUEST)
+
+    def attach(self, *words: str) -> Run:
+        """`perdure attach`, until the VM is followed."""
+        run = self.attaching(*words)
+        run.expect(r"tracker:? ")
+        return run
+
+    def attaching(self, *words: str) -> Run:
+        """The same, begun."""
+        sockets = ["--qmp", str(self.folder / QMP), "--agent", str(self.folder / AGENT)]
+        command = [sys.executable, "-m", "perdure", "attach", *sockets, str(self.folder / "VM.toml"), *words]
+        self.runs.append(Run(command, self.environment | self.run_environment, self.folder))
+        return self.runs[-1]
+
+    def judged(self) -> Any:
+        """A generation of a guest that the judge has stopped: it has what pmemsave has, and the guest stays stopped."""
+        self.judge.execute("stop")
+        with self.memory() as there:
+            made = self.perdure("snapshot", NAME)
+            assert different_pages(export(self, made["generation"], "pm0"), there["pm0"]) == []
+        assert self.judge.execute("query-status")["status"] == "paused"
+        self.judge.execute("cont")
+        return made
+
+    def left_alone(self) -> None:
+        """Nothing of ours is in QEMU but what follows writes; the guest runs."""
+        assert self.judge.execute("query-status")["status"] == "running"
+        named = [each["node-name"] for each in self.judge.execute("query-named-block-nodes", flat=True)]
+        assert not any(name.startswith("perdure-") for name in named)
+        assert self.judge.execute("query-block-exports") == []
+        assert self.judge.execute("query-jobs") == []
+        capabilities = self.judge.execute("query-migrate-capabilities")
+        assert [each["capability"] for each in capabilities if each["state"]] == []
+        assert self.guest.run("6 * 7") == 42
+
+    def reboots_by_itself(self) -> None:
+        """The guest's reboot is nobody's business but QEMU's."""
+        history = len(self.log())
+        before = self.guest.boot_id
+        assert before is not None
+        go_down(self, "reboot")
+        await_boot(self, before)
+        assert len(self.log()) == history
+
+    @property
+    def userfaultfds(self) -> int:
+        """Those that QEMU has."""
+        assert self.qemu is not None
+        held = Path(f"/proc/{self.qemu.pid}/fd")
+        return sum(os.readlink(each) == "anon_inode:[userfaultfd]" for each in held.iterdir())
+
+
+@pytest.fixture
+def theirs(guest_image: Image) -> Iterator[Theirs]:
+    with contextlib.closing(Theirs(guest_image)) as made:
+        made.launch()
+        yield made
+        print(made.report())
+
+
+def test_a_vm_of_somebody_else_is_captured_followed_and_left(theirs: Theirs) -> None:
+    run = theirs.attach()
+    area = write(theirs, "kept", 1)
+    first = theirs.judged()
+    theirs.guest.run("change([3, 5], 700)")
+    second = theirs.judged()
+    assert second["dirty_bytes"] == 2 * PAGE < first["dirty_bytes"]
+    status = theirs.status()
+    assert status["attached"]["reboots"] == "hold"
+    assert status["full"] == "possible"
+
+    run.kill()  # its guard leaves QEMU as it was
+    theirs.guest.run("change([7], 800)")
+    theirs.reboots_by_itself()
+    run = theirs.attach()
+    theirs.guest.run(f"use('kept', {area.size}); change([9], 900)")
+    assert theirs.judged()["dirty_bytes"] == 2 * PAGE  # the one before the reboot, and the one after it
+    assert "perdure detach" in theirs.refused("stop", NAME)
+    assert "perdure run" in theirs.refused("rollback", f"{NAME}@1")
+
+    before = theirs.guest.boot_id
+    assert before is not None
+    theirs.guest.run("change([1], 100)")
+    theirs.left_alone()
+    go_down(theirs, "reboot")
+    run.expect("rebooted: nothing scrubbed")
+    await_boot(theirs, before)
+    assert theirs.log()[-1]["cause"] == "reboot"
+    theirs.left_alone()
+
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ended() == 130
+    theirs.left_alone()
+    theirs.reboots_by_itself()
+    assert "perdure attach" in theirs.refused("run", theirs.folder / "VM.toml")
+    assert "perdure attach" in theirs.refused("snapshot", NAME)
+    run = theirs.attach()
+    assert theirs.userfaultfds == 1
+    assert theirs.perdure("detach", NAME)["detached"]
+    assert run.ended() == 0
+    assert theirs.userfaultfds == 0
+    assert not theirs.runtime.exists()
+    theirs.left_alone()
+    theirs.reboots_by_itself()
+
+    generation = theirs.log()[-1]["generation"]
+    found = export(theirs, generation, "pm0")
+    theirs.kill_qemu()
+    theirs.boot("--from", f"{NAME}@{generation}")  # a VM of Perdure's own from now on
+    theirs.guest.run(IN_GUEST)
+    assert theirs.guest.run(f"bytes(area('kept', {area.size})[{PAGE}:{2 * PAGE}]).hex()") == content(101, PAGE).hex()
+    assert area.of(found)[PAGE : 2 * PAGE] == content(101, PAGE)
