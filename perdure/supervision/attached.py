@@ -49,9 +49,11 @@ class AttachedSupervisor(Supervisor):
         del keep
         self._refuse("stopped", f"stop it where it was launched, or leave it with perdure detach {self.vm}")
 
-    async def roll_back(self, wanted: Rollback, progress: Progress) -> RolledBack:
+    async def roll_back(
+        self, wanted: Rollback, progress: Progress, told: Callable[[str], None] | None = None
+    ) -> RolledBack:
         """Refused."""
-        del progress
+        del progress, told
         self._refuse("rolled back", f"end it, then perdure run VM.toml --from {wanted.point}")
 
     async def preview(self, wanted: Rollback) -> dict[str, Any]:
