@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from base.errors import ConflictError, IntegrityError, PerdureError, StorageError, VirtualMachineError, one_line
@@ -51,7 +52,11 @@ def suits(
     if wanted is None and description.hooks.before_boot:
         return False, ()
     problem = kernel_obstacle(Kernel.probe())
-    return problem is None, () if problem is None else (f"memory is restored before the guest begins: {problem}",)
+    return problem is None, () if problem is None else (_before(problem),)
+
+
+def _before(problem: str) -> str:
+    return f"memory is restored before the guest begins: {problem}"
 
 
 class NotLazyError(VirtualMachineError):
@@ -84,10 +89,12 @@ async def launch(
     try:
         return await launcher.launch(prepared, supervisor.in_store, after=after), prepared
     except NotLazyError as error:
-        supervisor.say(f"{supervisor.vm}: memory is restored before the guest begins: {one_line(error)}")
+        why = _before(one_line(error))
+        supervisor.tell(f"{supervisor.vm}: {why}")
     if give_back is not None:
         await give_back()
     again = await supervisor.in_store(lambda: preparation.eagerly(supervisor.repository, prepared, supervisor.progress))
+    again = replace(again, warnings=(*again.warnings, why))
     return await launcher.launch(again, supervisor.in_store), again
 
 

@@ -139,7 +139,7 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         await supervisor.follow(following)
     except BaseException as error:  # there is no VM any more: the next run launches it from `head`
         await give_back()
-        supervisor.tell(_left_with(supervisor.vm, head, captured))
+        supervisor.say(_left_with(supervisor.vm, head, captured))
         supervisor.fail(error)
         raise
     await give_back()

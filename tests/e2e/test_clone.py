@@ -1,23 +1,30 @@
-"""Copies of a VM, end to end, on real QEMU: two side by side with the one that they are copies of.
+"""Copies of a VM, end to end, on real QEMU: two side by side with the one that they are copies of, and a copy of one.
 
-Judged by the guests, which check their memory and disks and look at their network cards, and by QEMU itself.
+All are resumed lazily. Judged by the guests, which check their memory and disks and look at their network cards, by
+QEMU itself, and by its pmemsave of all of their memory before they go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from supervised import NAME, SECONDS, GuestShell, Image, Judge, Run, Supervised
 from supervised import judge as judge_program
 from test_back import reported
-from test_full import DISK_BLOCKS, ON_DISK, ORDINARY, TWO_DISKS, image
-from test_survival import boot
+from test_full import DISK_BLOCKS, ON_DISK, ORDINARY, TWO_DISKS, different_pages, export, image
+from test_lazy_troubles import MOMENTS, paced
+from test_survival import boot, content, write
+
+from restore import claims as record
 
 pytestmark = pytest.mark.qemu
 
@@ -58,23 +65,42 @@ FIFREEZE, FITHAW = 0xC0045877, 0xC0045878
 
 
 class Copy:
-    """A copy of the VM that runs, with a description of its own."""
+    """A copy of the VM that runs, with a description of its own; `judged`: whether the judge saves its memory before it
+    goes on."""
 
-    def __init__(self, vm: Supervised, name: str) -> None:
+    def __init__(self, vm: Supervised, name: str, *, judged: bool = False) -> None:
         self.vm, self.name = vm, name
-        folder = vm.folder / name
+        self.folder = folder = vm.folder / name
         folder.mkdir()
         text = (vm.folder / "VM.toml").read_text()
         for socket in (judge_program.SOCKET, "test.sock"):
             text = text.replace(f"{vm.folder}/{socket}", f"{folder}/{socket}")
         self.description = vm.folder / f"{name}.toml"
-        self.description.write_text(text[: text.index("[hooks]")])
+        hook = [sys.executable, "-IS", judge_program.__file__, str(folder)]
+        hooks = f"[hooks]\nbefore_boot = {json.dumps(hook)}\n" if judged else ""
+        self.description.write_text(text[: text.index("[hooks]")] + hooks)
         self.guest, self.judge = GuestShell(folder / "test.sock"), Judge(folder)
 
-    def start(self, *words: str) -> Run:
+    @property
+    def runtime(self) -> Path:
+        """Its runtime folder."""
+        return self.vm.runtime.parent / self.name
+
+    def start(self, *words: str, slowly: bool = False) -> Run:
+        """`perdure run`, begun; `slowly`: of its memory only what is touched comes."""
         command = [sys.executable, "-m", "perdure", "run", str(self.description), "--as", self.name, *words]
-        self.vm.runs.append(Run(command, self.vm.environment, self.vm.folder))
+        environment = self.vm.environment
+        if slowly:
+            (self.folder / "armed").write_text(f"migrate-incoming\n{paced(self.runtime, record.FAULTS_ONLY)}")
+            path = f"{MOMENTS}:{environment['PYTHONPATH']}"
+            environment = environment | {"PYTHONPATH": path, "PERDURE_TEST_MOMENTS": str(self.folder)}
+        self.vm.runs.append(Run(command, environment, self.vm.folder))
         return self.vm.runs[-1]
+
+    def differs_from(self, ram: bytes) -> int:
+        """Pages of main memory that were different before it went on."""
+        with (self.folder / judge_program.BOOTS / "1" / "ram").open("rb") as file:
+            return len(different_pages(ram, file.read()))
 
 
 @pytest.fixture
@@ -117,15 +143,20 @@ def is_well(vm: Supervised, guest: GuestShell) -> None:
 def test_copies_run_side_by_side(vm: Supervised) -> None:
     boot(vm)
     vm.guest.run(UNIQUE + ORDINARY + ON_DISK.replace(', "/dev/vdb"', ","))
+    area = write(vm, "kept", 6)
     is_well(vm, vm.guest)
     vm.guest.run("fcntl.ioctl(files, FIFREEZE, 0)")
     point = f"{NAME}@{vm.perdure('snapshot', NAME, '--full')['generation']}"
     vm.guest.run("fcntl.ioctl(files, FITHAW, 0)")
-    copies = [Copy(vm, "first"), Copy(vm, "second")]
+    ram = export(vm, 1, "ram")
+    copies = [Copy(vm, "first", judged=True), Copy(vm, "second", judged=True)]
     with contextlib.ExitStack() as stack:
+        for run in [each.start("--from", point, "--lazy") for each in copies]:
+            assert "its memory comes as it is touched" in run.expect("started .*")[0]
+            run.expect("tracker:? ")
         for each in copies:
             stack.callback(each.guest.close)
-            each.start("--from", point).expect("tracker:? ")
+            assert each.differs_from(ram) == 1  # the generation id
         found = [facts(vm.guest, vm.judge)]
         for each in copies:
             assert each.guest.wait_ready(SECONDS) == vm.guest.boot_id
@@ -137,12 +168,26 @@ def test_copies_run_side_by_side(vm: Supervised) -> None:
             assert said["PERDURE_ADDRESSES"] == f"{found[0]['address']}={found[-1]['address']}"
         for what in found[0]:
             assert len({each[what] for each in found}) == 3, what
-        for guest in (vm.guest, *(each.guest for each in copies)):
-            is_well(vm, guest)
         [first] = vm.perdure("log", "first")["generations"]
         assert (first["cause"], first["parent_name"], first["stored_bytes"], first["full"]) == ("clone", point, 0, True)
         made = vm.perdure("snapshot", "first", "--full")
         assert (made["vm"], made["generation"]) == ("first", 2)
+        grandchild = Copy(vm, "grandchild")
+        stack.callback(grandchild.guest.close)
+        run = grandchild.start("--from", "first@2", slowly=True)
+        run.expect("tracker:? ")
+        assert grandchild.guest.wait_ready(SECONDS) == vm.guest.boot_id
+        is_well(vm, grandchild.guest)
+        assert grandchild.judge.read(area.address, area.size) == content(6)
+        told = vm.perdure("status", "grandchild")
+        assert told["lazy"]["percent"] < 100
+        assert vm.perdure("log", "grandchild")["generations"][0]["parent_name"] == "first@2"
+        os.kill(told["pid"], signal.SIGKILL)
+        assert run.ended() == 1
+        vm.perdure("export", "grandchild@latest", "pm0", vm.folder / "left")  # its memory is completed, and captured
+        assert area.of((vm.folder / "left").read_bytes()) == content(6)
+        for guest in (vm.guest, *(each.guest for each in copies)):
+            is_well(vm, guest)
         assert [each["first_path"] for each in vm.perdure("disks", "second")["disks"]] == [None, None]
         assert f"{point} was made with " in vm.refused("run", "--as", "third", "--from", point)
         vm.perdure("stop", "first")

@@ -38,7 +38,7 @@ from restore import claims as record
 
 pytestmark = pytest.mark.qemu
 
-MOMENTS = Path(__file__).parent / "moments"
+MOMENTS, DENIED = (Path(__file__).parent / name for name in ("moments", "denied"))
 
 
 class Momentous(Supervised):
@@ -82,9 +82,9 @@ def lost(vm: Supervised) -> tuple[str, dict[Path, bytes]]:
     return "".join(f": > {path}\n" for path in packs), {path: path.read_bytes() for path in packs}
 
 
-def paced(vm: Supervised, pace: int) -> str:
-    """A shell script that tells the page server how fast to place what nobody waits for."""
-    claims = f"$(echo {vm.runtime}/memory*/lazy.claims)"
+def paced(runtime: Path, pace: int) -> str:
+    """A shell script that tells a VM's page server how fast to place what nobody waits for."""
+    claims = f"$(echo {runtime}/memory*/lazy.claims)"
     return f"printf '\\{pace}' | dd status=none conv=notrunc of={claims} bs=1 seek={8 * record.PACE}"
 
 
@@ -165,7 +165,7 @@ def test_keys_are_rotated_and_servers_killed_while_memory_and_disks_come(guest_i
         writes_on(vm)
         packs = sorted(path.name for path in (vm.repository / "packs").iterdir())
         vm.tell_hook("nothing")
-        vm.at("migrate-incoming", paced(vm, record.FAULTS_ONLY))
+        vm.at("migrate-incoming", paced(vm.runtime, record.FAULTS_ONLY))
         done = vm.perdure("rollback", point, "--lazy")
         assert done["resumed"] and done["lazy"] and done["captured"]
         assert vm.status()["lazy"]["percent"] < 100
@@ -190,7 +190,44 @@ def test_keys_are_rotated_and_servers_killed_while_memory_and_disks_come(guest_i
         boot(vm)
         writes_on(vm)
         goes_on(vm)
-        subprocess.run(paced(vm, record.FOR_A_SHARE), shell=True, check=True)
+        subprocess.run(paced(vm.runtime, record.FOR_A_SHARE), shell=True, check=True)
         let_fill(vm)
         all_there(vm)
         assert vm.judge.read(area.address, area.size) == content(3)
+
+
+def test_where_memory_cannot_be_served_it_is_restored_before_and_that_is_said(guest_image: Image) -> None:
+    """Real obstacles, by filters of system calls: no userfaultfd for QEMU; no PAGEMAP_SCAN, as in an older kernel."""
+
+    def forbid(vm: Supervised, what: str) -> None:
+        path = f"{DENIED}:{vm.environment['PYTHONPATH']}"
+        vm.run_environment = {"PYTHONPATH": path, "PERDURE_TEST_DENIED": what}
+
+    def restored_before(vm: Supervised, why: str) -> None:
+        text = f"memory is restored before the guest begins: {why}"
+        vm.run.look()
+        assert text in vm.run.text
+        told = vm.status()
+        assert told["lazy"] is None
+        assert any(each.startswith(text) for each in told["warnings"])
+        assert any(line.startswith(f"warning      {text}") for line in vm.lines("status", NAME))
+        assert vm.guest.wait_ready(SECONDS) == booted
+        goes_on(vm)
+        assert vm.judge.read(area.address, area.size) == content(5)
+
+    with contextlib.closing(Supervised(guest_image)) as vm, reported(vm):
+        forbid(vm, "userfaultfd")
+        boot(vm)
+        vm.guest.run(ORDINARY)
+        area, booted = write(vm, "kept", 5), vm.guest.boot_id
+        point = f"{NAME}@{full(vm)['generation']}"
+        vm.guest.run(f"memory[:] = content(6, {area.size})")
+        vm.tell_hook("nothing")
+        assert not vm.perdure("rollback", point, "--lazy", "--discard")["lazy"]
+        restored_before(vm, "QEMU (pid")
+        vm.perdure("stop", NAME)
+        assert vm.run.ended() == 0
+        forbid(vm, "pagemap_scan")
+        vm.tell_hook("nothing")
+        vm.boot("--from", point, "--lazy")
+        restored_before(vm, "PAGEMAP_SCAN does not work here")
