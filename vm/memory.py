@@ -133,6 +133,12 @@ class Memory:
         except OSError as error:
             raise StorageError.from_os(error, str(self.folder), f"look at the memory of VM {self.vm}") from error
 
+    def empty(self) -> None:
+        """Give back what the files hold, for a VM whose QEMU has ended; `release` then has little to do."""
+        for file in self.files.values():
+            with contextlib.suppress(OSError):
+                os.truncate(file.path, 0)
+
     def release(self) -> None:
         """Give all of it back, content included; for a VM whose QEMU has ended. Raises StorageError."""
         self._remove(folder_too=True)

@@ -116,6 +116,9 @@ class Monitor:
         deadline = asyncio.get_running_loop().time() + timeout_s
         connected = False
         while True:
+            if not qemu.folder.monitor.exists() and qemu.alive() and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(_RETRY_SECONDS)  # an attempt takes a millisecond, which QEMU may need to start
+                continue
             client = QMPClient(qemu.vm)
             try:
                 async with asyncio.timeout_at(deadline):

@@ -250,7 +250,7 @@ class Launcher:
         restored = prepared.parent if launched else None
         if restored is not None:
             bases = dict.fromkeys(files, restored)
-        tracking = await elsewhere(
+        starting = elsewhere(
             lambda: start_tracking(
                 self.description.name,
                 qemu.record.identity,
@@ -262,6 +262,11 @@ class Launcher:
                 known=bases,
                 restored=None if restored is None else restored.id,
             )
+        )
+        tracking, obstacles, changes = await asyncio.gather(
+            starting,
+            migration.obstacles(monitor, [monitor.names.node(name) for name in captured]),
+            plugged.changes(monitor, qemu.record.argv),
         )
         self.local.note_parent(prepared.parent)
         return Machine(
@@ -280,10 +285,7 @@ class Launcher:
             bases=bases or {},
             restored=prepared.restored.generation.number if prepared.restored else None,
             resumed=prepared.devices is not None,
-            full_problems=(
-                *await migration.obstacles(monitor, [monitor.names.node(name) for name in captured]),
-                *await plugged.changes(monitor, qemu.record.argv),
-            ),
+            full_problems=(*obstacles, *changes),
             warnings=prepared.warnings,
             accelerator_reason=prepared.accelerator_reason,
             measurements=self.local.measurements,
@@ -294,13 +296,13 @@ class Launcher:
 
 async def facts_of(qemu: Qemu, monitor: Monitor) -> Facts:
     """What it depends on whether this QEMU's memory can be followed, and served."""
-    listed = [
-        each["type"]
-        for path in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
-        for each in await monitor.execute("qom-list", path=path)
-    ]
-    nodes = await monitor.execute("query-named-block-nodes", flat=True)
-    networks = await monitor.human("info network")
+    paths = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
+    nodes, networks, *lists = await asyncio.gather(  # one after the other they are a millisecond each
+        monitor.execute("query-named-block-nodes", flat=True),
+        monitor.human("info network"),
+        *(monitor.execute("qom-list", path=path) for path in paths),
+    )
+    listed = [each["type"] for some in lists for each in some]
     return probe_facts(qemu.pid, devices=listed, block_nodes=nodes, networks=networks)
 
 

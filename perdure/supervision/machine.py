@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base import extents as ranges
+from base import priority
 from base.errors import ConflictError, PerdureError, StorageError, VirtualMachineError
 from base.units import PAGE, format_size
 from capture.generation import Captured
@@ -40,6 +41,8 @@ from vm.recorded import encode
 from vm.regions import RegionTable
 
 _QUIT_SECONDS = 10
+_ASIDE_SECONDS = 1
+"""For a QEMU whose successor begins, to end in time that nobody wants: 0.1 s of a processor for each GiB."""
 _CONSOLE_BYTES_MAX = 16 << 20
 
 
@@ -79,6 +82,7 @@ class Machine:
     lazy: LazyRestore | None = None
     """While not all of its memory is there yet."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _aside: bool = False
 
     @property
     def pid(self) -> int:
@@ -311,25 +315,38 @@ class Machine:
         await self.end()
         await self.ended()
 
-    async def end(self) -> None:
-        """Have QEMU end; when this returns it has let go of sockets, disks and networks, and takes down its memory."""
+    async def end(self, *, aside: bool = False) -> None:
+        """Have QEMU end; when this returns it has let go of sockets, disks and networks, and takes down its memory,
+        `aside` at first: in processor time that nobody wants."""
         await self._stop_tasks()
         with suppress(PerdureError, TimeoutError):
             await self.monitor.execute("quit", timeout_s=_QUIT_SECONDS)
             await asyncio.wait_for(self.monitor.wait_lost(), _QUIT_SECONDS)
+        self._aside = aside
+        if aside:
+            priority.give_way(self.pid)
         self.holds.__exit__(None, None, None)
         await self.monitor.disconnect()
         self.tracking.close()
 
     async def ended(self) -> None:
         """After `end`: wait until the process is gone, and give back its memory. Raises StorageError."""
+        if self._aside and not await asyncio.to_thread(self.qemu.wait, _ASIDE_SECONDS):
+            priority.take_turns(self.pid)
         if not await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
             await asyncio.to_thread(self.qemu.kill)
         self.qemu.close()
         lazy, self.lazy = self.lazy, None
         if lazy is not None:
             lazy.abandon()
-        await asyncio.to_thread(self.memory.release)
+        await asyncio.to_thread(self._release)
+
+    def _release(self) -> None:
+        """Blocking: give the memory back; most of that takes as long as it is large."""
+        if self._aside:
+            with priority.aside():
+                self.memory.empty()
+        self.memory.release()
 
     async def disconnect(self) -> None:
         """Leave QEMU as it is, for the next supervisor."""

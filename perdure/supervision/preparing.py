@@ -19,7 +19,7 @@ from restore.eager import Restored, read_devices, require_same_regions, restore_
 from restore.lazy import LazyRestore
 from store.records import Generation
 from store.repository import Repository
-from vm import accelerator, firmware
+from vm import accelerator, firmware, readahead
 from vm import qemu as processes
 from vm.command_line import Platform, command_line, devices_of
 from vm.config import RAM
@@ -88,6 +88,7 @@ class Preparation:
         then.
         """
         resumed = generation if generation is not None and generation.full and not boot else None
+        readahead.expect((self._description.kernel, self._description.initrd))
         self.local.folder.create()
         platform, reason, problems = self.fitting(generation, boot=boot)
         memory = Memory.prepare(

@@ -497,7 +497,7 @@ class Supervisor:
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
         await self._end_filling()
-        await machine.end()
+        await machine.end(aside=True)
 
     async def _end_filling(self) -> None:
         if self.filling is not None:
