@@ -16,6 +16,7 @@ from base.progress import Progress
 from capture.generation import Captured, capture
 from capture.trackers import ScanTracker
 from perdure import documents
+from perdure.supervision import leaving
 from perdure.supervision.attaching import Attacher, Wanted
 from perdure.supervision.borrowed import BorrowedMachine
 from perdure.supervision.execution import settle_bitmaps
@@ -97,8 +98,8 @@ class AttachedSupervisor(Supervisor):
         waiting = await machine.pending_hold()
         if waiting is not None:
             await self._held(machine, waiting)
-        elif await machine.go_on_if_paused():
-            self.say(f"{self.vm} was stopped for a capture, and goes on")
+        else:
+            leaving.note_going_on(self.local.folder)
 
     async def _held(self, machine: Machine, found: Hold) -> None:
         """A reboot as with any VM; after anything else QEMU does what it would have done without us."""

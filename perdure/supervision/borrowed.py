@@ -91,16 +91,6 @@ class BorrowedMachine(Machine):
         causes = {each.value: each for each in hold.Cause}
         return hold.Hold(causes.get(why or "", hold.Cause.REBOOT), "unknown")
 
-    async def go_on_if_paused(self) -> bool:
-        """Let a guest go on that a supervisor stopped which was killed."""
-        stopped = leaving.stopped_for(self.qemu.folder) is not None
-        paused = await self.monitor.query_status() in ("paused", "postmigrate", "finish-migrate")
-        if stopped and paused:
-            await self.monitor.cont()
-        if not await self.held():
-            leaving.note_going_on(self.qemu.folder)
-        return stopped and paused
-
     async def go_on_after_hold(self) -> None:
         """Reset, and let the guest boot."""
         await Machine.go_on_after_hold(self)

@@ -99,24 +99,24 @@ def stopped_for(folder: RuntimeFolder) -> str | None:
 
 
 async def clean(monitor: Monitor, folder: RuntimeFolder, attachment: Attachment) -> None:
-    """Take away what a capture has in QEMU, also one that was killed. Raises VirtualMachineError."""
+    """Take away what a capture has in QEMU, also one that was killed, and let a guest go on that was stopped for it;
+    that comes as early as it can. Raises VirtualMachineError."""
     monitor.names, monitor.migration_bandwidth = attachment.names, attachment.bandwidth
     await migration.clean_up(monitor)
+    if stopped_for(folder) is not None and await monitor.query_status() in _STOPPED_STATES:
+        await monitor.cont()
     await disks.release(monitor, folder)
 
 
 async def put_back(monitor: Monitor, folder: RuntimeFolder, attachment: Attachment) -> None:
     """All of that. Raises VirtualMachineError."""
     await clean(monitor, folder, attachment)
-    why = stopped_for(folder)
     if attachment.holds:
         arguments: dict[str, Any] = dict(attachment.actions)
         await monitor.execute("set-action", **arguments)
-    status = await monitor.query_status()
-    if status in hold.HELD_STATES and attachment.holds:
-        await _go_on_by_itself(monitor, attachment, Cause(why) if why in _CAUSES else Cause.REBOOT)
-    elif status in _STOPPED_STATES and why is not None:
-        await monitor.cont()
+        if await monitor.query_status() in hold.HELD_STATES:
+            why = stopped_for(folder)
+            await _go_on_by_itself(monitor, attachment, Cause(why) if why in _CAUSES else Cause.REBOOT)
     note_going_on(folder)
 
 

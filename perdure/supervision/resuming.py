@@ -20,6 +20,7 @@ from vm.command_line import Platform
 from vm.config import Description
 from vm.networks import without_addresses
 
+_OF_THE_HOST = ("drive", "chardev", "netdev")
 _BOOT_HINT = "--boot boots the VM with the generation's persistent memory instead"
 
 
@@ -76,7 +77,7 @@ def require_same_devices(generation: Generation, devices: Sequence[str], *, copi
     then = [str(each) for each in generation.metadata.get("devices", ())]
     if copied:
         then, devices = without_addresses(then), without_addresses(devices)
-    then, devices = [one_way(each) for each in then], [one_way(each) for each in devices]
+    then, devices = as_made(then), as_made(devices)
     problems = [f"it lacks {each}" for each in then if each not in devices]
     problems += [f"it has {each}, which the generation lacks" for each in devices if each not in then]
     if not problems and then != list(devices):
@@ -84,10 +85,22 @@ def require_same_devices(generation: Generation, devices: Sequence[str], *, copi
     _require(generation, problems)
 
 
+def as_made(devices: Sequence[str]) -> list[str]:
+    """Arguments that make devices, each in one way, in the order in which QEMU makes them: those in JSON come last.
+
+    Source: QEMU, softmmu/vl.c, qemu_create_cli_devices.
+    """
+    ordered = sorted(devices, key=lambda each: each.startswith("-device {"))
+    return [way for each in ordered if (way := one_way(each))]
+
+
 def one_way(device: str) -> str:
     """An argument that makes a device, as vm.command_line.devices_of gives it, in one of the ways in which QEMU takes
-    it: `-device {"driver":"nvdimm","id":"a"}` is `-device nvdimm,id=a`."""
+    it: `-device {"driver":"nvdimm","id":"a"}` is `-device nvdimm,id=a`; how what is behind it is called on the host is
+    left out. Empty for what makes none."""
     option, _, value = device.partition(" ")
+    if option == "-drive" and "if=none" in value.split(","):
+        return ""
     if option != "-device":
         return device
     if value.startswith("{"):
@@ -101,6 +114,8 @@ def one_way(device: str) -> str:
         driver, *rest = value.split(",")
         words = dict(each.partition("=")[::2] for each in rest)
         driver = words.pop("driver", driver.removeprefix("driver="))
+    for name in _OF_THE_HOST:
+        words.pop(name, None)
     return f"-device {','.join([driver, *(f'{name}={each}' for name, each in sorted(words.items()))])}"
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import judge
 import pytest
 from supervised import MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
-from test_full import different_pages, export
+from test_disks import WRITERS, image, methods
+from test_full import ORDINARY, different_pages, export, goes_on
 from test_survival import IN_GUEST, await_boot, content, go_down, write
 
 from vm.protocol import PORT_NAME
@@ -55,7 +56,7 @@ class Theirs(Supervised):
         tested = [
             *("-qmp", f"unix:{self.folder}/{judge.SOCKET},server=on,wait=off"),
             *("-chardev", f"socket,id=test,path={self.folder}/test.sock,server=on,wait=off"),
-            *("-device", "virtserialport,chardev=test,name=org.perdure.test.0", "-device", "pvpanic-pci"),
+            *("-device", "virtserialport,chardev=test,name=org.perdure.test.0"),
         ]
         boots = ["-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)]
         boots += ["-append", "console=ttyS0 quiet panic=-1 no_timer_check"]
@@ -63,6 +64,7 @@ class Theirs(Supervised):
             *("qemu-system-x86_64", "-name", "theirs", "-nodefaults", "-display", "none"),
             *("-accel", "tcg", "-cpu", "max"),
             *("-qmp", f"unix:{self.folder}/{QMP},server=on,wait=off", "-serial", f"file:{self.folder}/console"),
+            *("-device", "pvpanic-pci"),
             *memory,
             *channel,
             *boots,
@@ -195,3 +197,79 @@ def test_a_vm_of_somebody_else_is_captured_followed_and_left(theirs: Theirs) -> 
     theirs.guest.run(IN_GUEST)
     assert theirs.guest.run(f"bytes(area('kept', {area.size})[{PAGE}:{2 * PAGE}]).hex()") == content(101, PAGE).hex()
     assert area.of(found)[PAGE : 2 * PAGE] == content(101, PAGE)
+
+
+DISKS = """
+[[disk]]
+name = "one"
+file = "one"
+capture = true
+[[disk]]
+name = "two"
+file = "two"
+format = "qcow2"
+cache = "none"
+"""
+WITH_DISKS = (
+    *(
+        "-drive",
+        "file=one,format=raw,if=none,id=first",
+        "-device",
+        "virtio-blk-pci,drive=first,id=drive-one,serial=one",
+    ),
+    *("-drive", "file=two,format=qcow2,if=none,id=second,cache=none"),
+    *("-device", "virtio-blk-pci,drive=second,id=drive-two,serial=two"),
+)
+
+
+def saves(vm: Theirs) -> bool:
+    """Whether QEMU is set up to save the state of its devices."""
+    return any(each["state"] for each in vm.judge.execute("query-migrate-capabilities"))
+
+
+def test_all_of_a_vm_of_somebody_else_can_be_captured_and_goes_on_here(guest_image: Image) -> None:
+    """Disks under names that QEMU has made up, a supervisor that is killed while QEMU saves, a resume by Perdure."""
+    with contextlib.closing(Theirs(guest_image, disks=WITH_DISKS, settings=DISKS)) as vm:
+        for name, kind in (("one", "raw"), ("two", "qcow2")):
+            image("create", "-f", kind, vm.folder / name, "64M")
+        vm.launch()
+        limit = vm.judge.execute("query-migrate-parameters")["max-bandwidth"] // 2
+        vm.judge.execute("migrate-set-parameters", **{"max-bandwidth": limit})
+        run = vm.attach()
+        write(vm, "kept", 1)
+        vm.guest.run(ORDINARY + WRITERS)
+
+        vm.judge.execute("stop")
+        image("convert", "-U", "-f", "raw", "-O", "raw", vm.folder / "one", vm.folder / "copy")
+        part = vm.perdure("snapshot", NAME)
+        assert "is stopped" in vm.refused("snapshot", NAME, "--full")
+        vm.judge.execute("cont")
+        assert methods(part["disks"]) == {"one": "rescan"}
+        vm.perdure("export", f"{NAME}@{part['generation']}", "disk:one", vm.folder / "exported")
+        assert compared(vm, "copy", "exported")
+
+        vm.perdure("snapshot", NAME, "--full")
+        with vm.beside("snapshot", NAME, "--full"):
+            vm.until(lambda: saves(vm), "a save")
+            run.kill()
+        vm.until(lambda: not saves(vm) and vm.judge.execute("query-status")["running"], "what the guard does")
+        vm.left_alone()
+        run = vm.attach()
+        made = vm.perdure("snapshot", NAME, "--full")
+        assert methods(made["disks"]) == {"one": "bitmap", "two": "bitmap"}
+        assert vm.judge.execute("query-migrate-parameters")["max-bandwidth"] == limit
+        vm.left_alone()
+        goes_on(vm)
+
+        vm.kill_qemu()
+        run.expect("QEMU ended")
+        assert run.ended() == 0
+        vm.boot("--from", f"{NAME}@{made['generation']}")
+        goes_on(vm)  # every page of its ordinary memory is of that instant
+        vm.guest.run("finish()")
+
+
+def compared(vm: Theirs, *names: str) -> bool:
+    """Whether qemu-img finds two raw images equal."""
+    words = ["qemu-img", "compare", "-f", "raw", "-F", "raw", *(str(vm.folder / name) for name in names)]
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
