@@ -101,6 +101,11 @@ class Machine:
             self.channel.remember(made["request"], Committed(self.parent.number, self.parent.id))
         self._tasks.append(asyncio.create_task(self.channel.run()))
 
+    @property
+    def waits_for_memory(self) -> bool:
+        """Whether QEMU may be silent, for memory that cannot be read just now."""
+        return self.lazy is not None and self.lazy.waiting
+
     async def stop(self) -> None:
         """Pause the guest."""
         await self.monitor.stop()
@@ -319,6 +324,9 @@ class Machine:
         """Have QEMU end; when this returns it has let go of sockets, disks and networks, and takes down its memory,
         `aside` at first: in processor time that nobody wants."""
         await self._stop_tasks()
+        if self.waits_for_memory:
+            with suppress(PerdureError):  # `ended` tries again
+                await asyncio.to_thread(self.qemu.kill)
         with suppress(PerdureError, TimeoutError):
             await self.monitor.execute("quit", timeout_s=_QUIT_SECONDS)
             await asyncio.wait_for(self.monitor.wait_lost(), _QUIT_SECONDS)

@@ -108,7 +108,8 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         )
         if captured is None and not wanted.discard:
             captured = await _capture(supervisor, machine, full=made.devices is not None)
-        await machine.stop()
+        if not (wanted.discard and machine.waits_for_memory):  # nor would it answer
+            await machine.stop()
         mixed = _mixed(generation, wanted, captured)
         drops = wanted.discard or (captured is not None and captured.generation.full)
         head = await supervisor.in_store(
@@ -117,7 +118,8 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
     except BaseException:
         if prepared is not None:
             await supervisor.in_store(prepared.discard)
-        await supervisor.go_on(machine)
+        if not machine.waits_for_memory:
+            await supervisor.go_on(machine)
         raise
     supervisor.state = "rolling back"
     await supervisor.end_machine(machine)

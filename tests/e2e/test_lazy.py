@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from supervised import NAME, SECONDS, Image, Supervised
 from test_full import ORDINARY, full, goes_on, judged, nothing_is_left, walked
-from test_survival import Lender, await_boot, boot, content, only, reboot, write
+from test_survival import Lender, await_boot, boot, content, only, reboot, snapshot, write
 
 from restore import claims as record
 
@@ -141,20 +141,26 @@ def test_a_reboot_or_the_end_of_qemu_meanwhile_costs_nothing_of_what_is_kept(vm:
 
 
 def test_a_guest_waits_for_what_cannot_be_read_and_goes_on_when_it_can(vm: Supervised) -> None:
-    write(vm, "kept", 9)
+    area = write(vm, "kept", 9)
+    part = f"{NAME}@{snapshot(vm)['generation']}"
+    before = set((vm.repository / "packs").iterdir())
     made = full(vm)
-    packs = [path for path in (vm.repository / "packs").iterdir() if path.stat().st_size > 1 << 20]
+    packs = [path for path in set((vm.repository / "packs").iterdir()) - before if path.stat().st_size > 1 << 20]
     whole = {path: path.read_bytes() for path in packs}
-    resume(vm, f"{NAME}@{made['generation']}")
-    server = words(vm, record.SERVER)
-    os.kill(server, signal.SIGSTOP)
-    assert words(vm, record.PHASE) == record.SERVING
-    for path, data in whole.items():
-        spoilt = bytearray(data)
-        spoilt[200:-300:50] = bytes(each ^ 1 for each in spoilt[200:-300:50])
-        path.chmod(0o600)
-        path.write_bytes(spoilt)
-    os.kill(server, signal.SIGCONT)
+
+    def spoil() -> None:
+        resume(vm, f"{NAME}@{made['generation']}")
+        server = words(vm, record.SERVER)
+        os.kill(server, signal.SIGSTOP)
+        assert words(vm, record.PHASE) == record.SERVING
+        for path, data in whole.items():
+            spoilt = bytearray(data)
+            spoilt[200:-300:50] = bytes(each ^ 1 for each in spoilt[200:-300:50])
+            path.chmod(0o600)
+            path.write_bytes(spoilt)
+        os.kill(server, signal.SIGCONT)
+
+    spoil()
     vm.run.expect(rf"waits for memory: {NAME}@{made['generation']}: .* of region .* cannot be read: packs/")
     assert "cannot be read: packs/" in vm.status()["lazy"]["problem"]
     assert "is not all there" in vm.refused("snapshot", NAME)
@@ -164,6 +170,15 @@ def test_a_guest_waits_for_what_cannot_be_read_and_goes_on_when_it_can(vm: Super
     vm.guest.wait_ready(SECONDS)
     goes_on(vm)
     judged(vm)
+    booted = vm.guest.boot_id
+    spoil()
+    vm.run.expect("or go back elsewhere with `perdure rollback VM@N --discard`")
+    vm.until(lambda: words(vm, record.HELD), "the guest waits")
+    vm.perdure("rollback", part, "--discard")
+    await_boot(vm, booted)
+    assert vm.guest.run(f"holds('kept', {area.size}, 9)")
+    for path, data in whole.items():
+        path.write_bytes(data)
 
 
 def test_run_resumes_lazily_after_power_loss(vm: Supervised) -> None:
