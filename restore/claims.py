@@ -28,9 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.disk import Disk, replace_file
-from base.errors import ConflictError, StorageError
+from base.errors import ConflictError, NotFoundError, StorageError
 from base.extents import resident
 from base.units import PAGE
+from store.records import Generation
+from store.repository import Repository
 
 FORMAT = 1
 _PREDECESSOR_S = 5.0
@@ -58,6 +60,8 @@ class Facts(msgspec.Struct, frozen=True):
     vm: str
     generation: str
     regions: tuple[tuple[str, str, int], ...]
+    sequence: int = 0
+    """Of the generation's record."""
 
 
 class Claims:
@@ -85,9 +89,10 @@ class Claims:
             at += _claim_bytes(size)
 
     @classmethod
-    def create(cls, folder: Path, vm: str, generation: str, files: Mapping[str, tuple[str, int]]) -> Claims:
+    def create(cls, folder: Path, vm: str, generation: Generation, files: Mapping[str, tuple[str, int]]) -> Claims:
         """Begin: nothing is claimed. `files`: by region, name of the backing file and bytes. Raises StorageError."""
-        facts = Facts(FORMAT, vm, generation, tuple((name, *each) for name, each in files.items()))
+        regions = tuple((name, *each) for name, each in files.items())
+        facts = Facts(FORMAT, vm, generation.id, regions, generation.sequence)
         path = folder / CLAIMS
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -117,6 +122,15 @@ class Claims:
         if facts.version != FORMAT:
             raise ConflictError(f"{path} is of another version of Perdure: go on with that one, or stop the VM")
         return cls(folder, facts)
+
+    def generation(self, repository: Repository) -> Generation:
+        """What is restored, also if it was forgotten meanwhile. Raises NotFoundError, IntegrityError, StorageError."""
+        try:
+            return repository.resolve(self.facts.generation)
+        except NotFoundError:
+            if not self.facts.sequence:
+                raise
+            return repository.generation_at(self.facts.sequence)
 
     def lock(self, patience_s: float = _PREDECESSOR_S) -> None:
         """Be the server, when the one before has ended for good: one that was killed takes a moment.

@@ -65,7 +65,7 @@ class LazyRestore:
             for name in files:
                 reader.require_whole(reader.region(name))
         sizes = {name: (path.name, path.stat().st_size) for name, path in files.items()}
-        claims = Claims.create(memory, generation.vm, generation.id, sizes)
+        claims = Claims.create(memory, generation.vm, generation, sizes)
         made = cls(repository, _job(repository, memory, folder, working_sets), claims, folder, nursery)
         try:
             made._hold(generation)
@@ -84,8 +84,8 @@ class LazyRestore:
         if claims is None:
             return None
         found = cls(repository, _job(repository, memory, folder, working_sets), claims, folder, nursery)
-        with contextlib.suppress(PerdureError):  # forgotten: what is still stored can be served
-            found._hold(repository.resolve(claims.facts.generation))
+        with contextlib.suppress(PerdureError):  # what is still stored can be served
+            found._hold(claims.generation(repository), kept=True)
         if claims.served():
             with contextlib.suppress(OSError):  # it has ended since
                 found.pidfd = os.pidfd_open(claims.word(record.SERVER))
@@ -214,9 +214,10 @@ class LazyRestore:
             "problem": self.held or None,
         }
 
-    def _hold(self, generation: Generation) -> None:
+    def _hold(self, generation: Generation, *, kept: bool = False) -> None:
         """A lease of ours: between two servers nobody else holds one."""
-        self._lease = self._repository.lease(leases.READER, f"lazy restore of {generation.name}", [generation])
+        purpose = f"lazy restore of {generation.name}"
+        self._lease = self._repository.lease(leases.READER, purpose, [generation], kept=kept)
 
     def _send(self) -> None:
         """Give a server its job."""

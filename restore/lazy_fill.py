@@ -26,15 +26,16 @@ _BATCH = 16
 def fill(repository: Repository, memory: Path, regions: Collection[str], progress: Progress = silent) -> None:
     """Complete these regions of a memory folder, if a lazy restore of it had not come to its end.
 
-    Raises NotFoundError (the generation was forgotten), IntegrityError, StorageError, ConflictError.
+    Raises IntegrityError (what is missing was pruned after its generation was forgotten, say), StorageError,
+    ConflictError, NotFoundError.
     """
     claims = Claims.find(memory)
     if claims is None:
         return
     with claims, ExitStack() as stack:
         claims.lock()
-        generation = repository.resolve(claims.facts.generation)
-        reader = stack.enter_context(GenerationReader(repository, generation))
+        generation = claims.generation(repository)
+        reader = stack.enter_context(GenerationReader(repository, generation, kept=True))
         backing = {}
         for name, file, _ in claims.facts.regions:
             try:

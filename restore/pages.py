@@ -50,7 +50,7 @@ class PageServer:
         self._resources = ExitStack()
         self._regions: list[Served] = []
         try:
-            reader = self._resources.enter_context(GenerationReader(repository, generation))  # for its lease
+            reader = self._resources.enter_context(GenerationReader(repository, generation, kept=True))  # for its lease
             for at, (name, file, size) in enumerate(claims.facts.regions):
                 region = reader.region(name)
                 reader.require_whole(region)

@@ -107,7 +107,7 @@ def _served(job: Job, keys: Keys) -> Iterator[PageServer]:
         claims.set(record.SERVER, os.getpid())
         claims.set(record.KEYRING, keys.header.number)
         with Repository(Path(job.repository), keys, Path(job.state), disk=Disk(), lock_wait_s=_LOCK_WAIT_S) as opened:
-            generation = opened.resolve(claims.facts.generation)
+            generation = claims.generation(opened)
             names = [name for name, _, _ in claims.facts.regions]
             working_set = WorkingSet.of(Path(job.working_sets), generation, names)
             with PageServer(opened, generation, claims, working_set) as server:

@@ -72,14 +72,17 @@ _Run = Callable[[_Wanted, list[_Job]], Iterable[_Outcome]]
 class GenerationReader:
     """One generation, open for reading; a context manager."""
 
-    def __init__(self, repository: Repository, generation: Generation, *, needed: bool = False) -> None:
-        """`needed`: a record of store.needs keeps what it stands on, also if it is forgotten by now.
+    def __init__(
+        self, repository: Repository, generation: Generation, *, needed: bool = False, kept: bool = False
+    ) -> None:
+        """`needed`: a record of store.needs keeps what it stands on, also if it is forgotten by now; `kept`: somebody
+        else's lease does, until this one is there.
 
         Raises NotFoundError for one that was forgotten otherwise.
         """
         self._repository, self.generation = repository, generation
         stands_on = [] if needed else [generation]
-        self._lease = repository.lease(leases.READER, f"reader of {generation.name}", stands_on)
+        self._lease = repository.lease(leases.READER, f"reader of {generation.name}", stands_on, kept=kept)
 
     def __enter__(self) -> GenerationReader:
         return self

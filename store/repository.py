@@ -181,11 +181,19 @@ class Repository(Ledger):
         return found
 
     def lease(
-        self, role: str, purpose: str, generations: Sequence[Generation] = (), *, yields: bool = False
+        self,
+        role: str,
+        purpose: str,
+        generations: Sequence[Generation] = (),
+        *,
+        yields: bool = False,
+        kept: bool = False,
     ) -> Lease | None:
         """A lease on what is there now, from before the first look-up; None where nothing can be written.
 
-        `generations` are those that it stands on. Raises NotFoundError for one that was forgotten; what `refresh` does.
+        `generations` are those that it stands on; `kept`: they may be forgotten by now, and somebody else's lease that
+        ends later keeps what they need, if anything does. Raises NotFoundError for one that was forgotten otherwise;
+        what `refresh` does.
         """
         lease = leases.take(
             self.leases,
@@ -198,7 +206,7 @@ class Repository(Ledger):
         try:
             self.refresh(wait=role != leases.READER)  # who misses a pack looks again, and waits then
             for each in generations:
-                if not self.has(each):
+                if not kept and not self.has(each):
                     raise NotFoundError(f"generation {each.name} was forgotten")
             if lease is not None:
                 lease.advance(self.sequence)

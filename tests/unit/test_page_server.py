@@ -23,6 +23,8 @@ from restore.lazy import LazyRestore
 from restore.lazy_fill import fill
 from restore.nursery import Nursery
 from store.reader import GenerationReader
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 from vm.identity import Identity
 from vm.mappings import shared_mappings
 from vm.pagemap import Pagemap
@@ -239,6 +241,26 @@ def test_a_server_that_was_killed_between_placing_and_claiming_is_followed_by_on
     lazily.right()
     assert claims.pages["ram"][pages].all()
     assert not claims.word(record.INTENT_REGION)
+
+
+def test_a_generation_that_is_forgotten_and_pruned_meanwhile_is_served_to_its_end(lazily):
+    """By the next server, too; and what was missing when the VM ended is there."""
+    repository = lazily.repository
+    add(repository, "vm", {"ram": image(3, 50)})  # the latest is never forgotten
+    lazily.serve()
+    page = next(page for page in range(PAGES) if any(lazily.page(page)))
+    assert lazily.guest.touch(page) == lazily.page(page)
+    repository.forget(lazily.generation)
+    prune(repository, PruneSettings())
+    lazily.lazy.kill()
+    lazily.another()
+    page = next(page for page in reversed(range(PAGES)) if any(lazily.page(page)))
+    assert lazily.guest.touch(page) == lazily.page(page)
+    lazily.guest.close()
+    lazily.until(lambda: not lazily.lazy.claims.served(), "the server ends with its guest")
+    fill(repository, lazily.folder, ["ram", "pm0"])
+    assert lazily.files["ram"].read_bytes() == lazily.content
+    assert lazily.files["pm0"].read_bytes() == lazily.small
 
 
 def test_a_page_that_nobody_of_us_has_placed_stops_everything(lazily):
