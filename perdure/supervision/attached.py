@@ -110,7 +110,7 @@ class AttachedSupervisor(Supervisor):
         poweroff = found.cause is Cause.POWEROFF
         number = None
         if self.policy.capture_on_shutdown if poweroff else self.policy.capture_on_panic:
-            done = await self._try_capture(machine, "shutdown" if poweroff else "panic")
+            done = await self.capturing.tried(machine, "shutdown" if poweroff else "panic")
             number = None if done is None else done.generation.number
         self._end(Ended("the guest shut down" if poweroff else "the guest panicked", generation=number))
 

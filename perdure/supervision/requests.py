@@ -76,7 +76,7 @@ class Requests:
 
     async def frozen(self, token: int, count: int, error: str | None) -> None:
         """From the guest: its file systems are frozen, or are not."""
-        self._supervisor.quiescing.frozen(token, count, error)
+        self._supervisor.capturing.quiescing.frozen(token, count, error)
 
     async def checkpoint(self, request: int, name: str | None) -> Committed:
         """From the guest: a generation on request, committed when this returns."""

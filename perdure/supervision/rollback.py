@@ -18,7 +18,6 @@ from base.progress import Progress
 from capture.generation import Captured
 from perdure.disks.state import disks_of
 from perdure.supervision import lazily
-from perdure.supervision.execution import Execution
 from perdure.supervision.heads import Mixed
 from perdure.supervision.machine import Machine
 from perdure.supervision.preparing import Prepared
@@ -155,16 +154,11 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
 
 
 async def _capture(supervisor: Supervisor, machine: Machine, *, full: bool) -> Captured:
-    """The guest is stopped afterwards: nothing of it is lost between this and its end."""
     if full:
         if supervisor.state == "held":
             raise ConflictError(f"VM {supervisor.vm} is held and cannot be captured in full: --discard does without")
         await machine.require_full()
-        quiesced = supervisor.quiesced(machine, "off" if supervisor.policy.quiesce == "off" else "try")
-        execution = Execution(machine, asyncio.get_running_loop(), leave_stopped=True, quiesced=quiesced)
-        return await supervisor.capture_machine(machine, "before rollback", execution, full=True)
-    await machine.stop()
-    return await supervisor.capture_machine(machine, "before rollback", None)
+    return await supervisor.capturing.before_rollback(machine, full=full)
 
 
 def _left_with(vm: str, head: Prepared, captured: Captured | None) -> str:

@@ -14,30 +14,25 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from base.errors import ConflictError, IntegrityError, PerdureError, one_line
 from base.progress import Progress
-from capture.disks import reads_of
-from capture.generation import Captured, capture
-from capture.pause import Limits
+from capture.generation import Captured
 from perdure import documents
 from perdure.control import serve
 from perdure.disks.filling import Filling
 from perdure.disks.state import disks_of
-from perdure.disks.texts import reads_text
 from perdure.supervision import background, lazily, leftovers
+from perdure.supervision.capturing import Capturing
 from perdure.supervision.draining import Draining
-from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
-from perdure.supervision.forgetting import forget_by_policy
+from perdure.supervision.execution import settle_bitmaps
 from perdure.supervision.launcher import Launcher
 from perdure.supervision.machine import Machine
 from perdure.supervision.preparing import Preparation
 from perdure.supervision.preview import preview
-from perdure.supervision.quiescing import Instant, Mode, Quiescing
 from perdure.supervision.requests import Requests
 from perdure.supervision.rollback import Rollback, RolledBack, carry_out
 from perdure.supervision.schedule import Due, Timetable
@@ -45,9 +40,6 @@ from store.records import Generation
 from store.repository import Repository
 from vm.hold import Cause, Hold
 from vm.qemu import Qemu
-
-_TIDY_SECONDS = 0.2
-"""Merging of the index after each capture, beside whatever the guest does."""
 
 _LEFT = "runs on unsupervised: take it over with perdure run"
 
@@ -92,7 +84,6 @@ class Supervisor:
         self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._machine: Machine | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._tidying: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._lazy: asyncio.Task[None] | None = None
         self._told: Callable[[str], None] | None = None
@@ -100,11 +91,10 @@ class Supervisor:
         self.filling: Filling | None = None
         """Of the disks that went back, while there is a QEMU."""
         self.policy = local.description.policy
-        self.limits = Limits(self.policy.pause_ms_max, self.policy.rounds_max, self.policy.over_limit == "exceed")
         self.timetable = Timetable(self.vm, local.description.schedules, datetime.now(UTC))
         self.draining = Draining(self)
         self.left = _LEFT
-        self.quiescing = Quiescing(self.vm, self.policy.quiesce_seconds)
+        self.capturing = Capturing(self)
         self._beside: list[asyncio.Task[None]] = []
 
     @property
@@ -143,8 +133,7 @@ class Supervisor:
                 loop.remove_signal_handler(number)
             for task in self._beside:
                 task.cancel()
-            if self._tidying is not None:
-                await self._tidying
+            await self.capturing.settle()
             await self._let_go()
             self.draining.close()
             self._store.shutdown()
@@ -170,7 +159,9 @@ class Supervisor:
                 raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
             if quiesce and self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held: its file systems can be frozen when it runs")
-            return await self._snapshot(cause, tags, metadata, progress, full=full, quiesce=quiesce)
+            return await self.capturing.running(
+                cause, full=full, tags=tags, metadata=metadata, progress=progress, quiesce=quiesce
+            )
 
     @property
     def undisturbed(self) -> bool:
@@ -197,7 +188,7 @@ class Supervisor:
             if keep:
                 await machine.stop()
                 try:
-                    number = (await self.capture_machine(machine, "stop", None)).generation.number
+                    number = (await self.capturing.of(machine, "stop", None)).generation.number
                 except BaseException:
                     await self.go_on(machine)
                     raise
@@ -349,7 +340,7 @@ class Supervisor:
         number = None
         poweroff = found.cause is Cause.POWEROFF
         if self.policy.capture_on_shutdown if poweroff else self.policy.capture_on_panic:
-            done = await self._try_capture(machine, "shutdown" if found.cause is Cause.POWEROFF else "panic")
+            done = await self.capturing.tried(machine, "shutdown" if found.cause is Cause.POWEROFF else "panic")
             if done is None:
                 self.say(f"{self.vm} stays held, its memory as it was: `perdure stop {self.vm} --capture` tries again")
                 return
@@ -370,7 +361,7 @@ class Supervisor:
         The cause says who wanted it: what a guest causes is counted apart by policies (store.retention.rules).
         """
         self.state = "held"
-        done = await self._try_capture(machine, cause) if self.policy.capture_on_reboot else None
+        done = await self.capturing.tried(machine, cause) if self.policy.capture_on_reboot else None
         await lazily.whole(machine, self.say)
         await self.draining.drop()  # it knows nothing of the holes that a scrub makes
         scrubbed = await self.in_store(machine.scrub)
@@ -379,100 +370,6 @@ class Supervisor:
         self.state = "running"
         self.say(f"{self.vm} rebooted: {machine.scrubbed_text(scrubbed)}")
         return done
-
-    async def _try_capture(self, machine: Machine, cause: str) -> Captured | None:
-        """A failed capture must not keep a guest down: what it would have kept is still in memory."""
-        try:
-            return await self.capture_machine(machine, cause, None)
-        except PerdureError as error:
-            self.say(f"{self.vm} NOT CAPTURED at {cause}: {one_line(error)}")
-            return None
-
-    async def _snapshot(
-        self,
-        cause: str,
-        tags: tuple[str, ...] = (),
-        metadata: dict[str, Any] | None = None,
-        progress: Progress | None = None,
-        *,
-        full: bool = False,
-        quiesce: bool = False,
-    ) -> Captured:
-        machine = self.machine
-        if full:
-            await machine.require_full()
-        execution = None
-        if self.state != "held":
-            quiesced = self.quiesced(machine, "require" if quiesce else self.policy.quiesce)
-            execution = Execution(machine, asyncio.get_running_loop(), quiesced=quiesced)
-        return await self.capture_machine(machine, cause, execution, tags, metadata, progress, full=full)
-
-    def quiesced(self, machine: Machine, mode: Mode) -> Instant | None:
-        """For a capture of a running guest."""
-        return None if mode == "off" else Instant(self.quiescing, machine, self.say, require=mode == "require")
-
-    async def capture_machine(
-        self,
-        machine: Machine,
-        cause: str,
-        execution: Execution | None,
-        tags: tuple[str, ...] = (),
-        metadata: dict[str, Any] | None = None,
-        progress: Progress | None = None,
-        *,
-        full: bool = False,
-    ) -> Captured:
-        await lazily.whole(machine, self.say)
-        regions = await self.in_store(lambda: machine.captured_regions(full=full))
-        disks = await DiskInstant.plan(machine, full=full)
-        facts = {**machine.metadata(full=full), **(metadata or {})}
-
-        def work() -> Captured:
-            return capture(
-                self.repository,
-                self.vm,
-                regions,
-                machine.journal,
-                execution,
-                cause=cause,
-                parent=machine.parent,
-                full=full,
-                disks=disks,
-                tags=tags,
-                metadata=facts,
-                limits=self.limits,
-                pauses=machine.pauses,
-                making=self.draining.take(),
-                progress=progress or self.progress,
-            )
-
-        async with self.filling.paused(while_=disks is not None) if self.filling is not None else nullcontext():
-            try:
-                done = await self.in_store(work)
-                machine.committed(done)
-            finally:
-                if disks is not None:
-                    await settle_bitmaps(machine)
-        self._tidying = asyncio.create_task(self._tidy())
-        self.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
-        for line in (
-            *reads_text(reads_of(done.generation)),
-            *documents.forgotten_text(done.forgotten),
-            *documents.over_limit(done.stopped, self.limits),
-        ):
-            self.say(f"{self.vm}: {line}")
-        return done
-
-    async def _tidy(self) -> None:
-        """After a capture: forget what no rule keeps, if that is wanted, and merge the index."""
-        try:
-            if self.policy.forget_after_capture:
-                gone = await self.in_store(lambda: forget_by_policy(self.repository, self.vm))
-                if gone:
-                    self.say(f"{self.vm}: forgotten by policy: {', '.join(each.name for each in gone)}")
-            await self.in_store(lambda: self.repository.tidy(_TIDY_SECONDS))
-        except PerdureError as error:
-            self.say(f"{self.vm}: after the capture: {one_line(error)}")
 
     def own(self, point: str) -> Generation:
         self.repository.refresh()
@@ -531,7 +428,7 @@ class Supervisor:
             wanted = number is signal.SIGTERM and self.policy.capture_on_terminate
             if wanted and self._machine is not None:
                 try:
-                    await self._snapshot("terminate", full=wanted == "full" and self.state != "held")
+                    await self.capturing.running("terminate", full=wanted == "full" and self.state != "held")
                 except PerdureError as error:
                     self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
             runs = self._machine is not None

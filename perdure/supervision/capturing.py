@@ -1,0 +1,162 @@
+"""Generations of one supervisor's VM: what is captured, how long the guest may stand still for it, and what follows.
+
+Under the supervisor's lock; capture itself and the repository are used in the repository's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from base.errors import PerdureError, one_line
+from base.progress import Progress
+from capture.disks import reads_of
+from capture.generation import Captured, capture
+from capture.pause import Limits
+from perdure import documents
+from perdure.disks.texts import reads_text
+from perdure.supervision import lazily
+from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
+from perdure.supervision.forgetting import forget_by_policy
+from perdure.supervision.machine import Machine
+from perdure.supervision.quiescing import Instant, Mode, Quiescing
+
+if TYPE_CHECKING:
+    from perdure.supervision.supervisor import Supervisor
+
+_TIDY_SECONDS = 0.2
+"""Merging of the index after each capture, beside whatever the guest does."""
+
+
+class Capturing:
+    """Of one supervisor's VM. `quiescing` is what its guest answers when it is told to freeze its file systems."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        policy = supervisor.local.description.policy
+        self._limits = Limits(policy.pause_ms_max, policy.rounds_max, policy.over_limit == "exceed")
+        self._quiesce = policy.quiesce
+        self.quiescing = Quiescing(supervisor.vm, policy.quiesce_seconds)
+        self._tidying: asyncio.Task[None] | None = None
+
+    async def running(
+        self,
+        cause: str,
+        *,
+        full: bool = False,
+        tags: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+        quiesce: bool = False,
+    ) -> Captured:
+        """A generation of the VM as it runs, or is held; `quiesce`: only with frozen file systems, else by policy."""
+        supervisor = self._supervisor
+        machine = supervisor.machine
+        if full:
+            await machine.require_full()
+        execution = None
+        if supervisor.state != "held":
+            execution = self.execution(machine, "require" if quiesce else self._quiesce)
+        return await self.of(machine, cause, execution, full=full, tags=tags, metadata=metadata, progress=progress)
+
+    async def tried(self, machine: Machine, cause: str) -> Captured | None:
+        """Of a held VM. A failed capture must not keep a guest down: what it would have kept is still in memory."""
+        supervisor = self._supervisor
+        try:
+            return await self.of(machine, cause, None)
+        except PerdureError as error:
+            supervisor.say(f"{supervisor.vm} NOT CAPTURED at {cause}: {one_line(error)}")
+            return None
+
+    async def before_rollback(self, machine: Machine, *, full: bool) -> Captured:
+        """The guest is stopped afterwards: nothing of it is lost between this and its end."""
+        if not full:
+            await machine.stop()
+            return await self.of(machine, "before rollback", None)
+        mode: Mode = "off" if self._quiesce == "off" else "try"
+        execution = self.execution(machine, mode, leave_stopped=True)
+        return await self.of(machine, "before rollback", execution, full=True)
+
+    def execution(self, machine: Machine, mode: Mode, *, leave_stopped: bool = False) -> Execution:
+        """How a running guest is stopped and goes on."""
+        quiesced = None
+        if mode != "off":
+            quiesced = Instant(self.quiescing, machine, self._supervisor.say, require=mode == "require")
+        return Execution(machine, asyncio.get_running_loop(), leave_stopped=leave_stopped, quiesced=quiesced)
+
+    async def of(
+        self,
+        machine: Machine,
+        cause: str,
+        execution: Execution | None,
+        *,
+        full: bool = False,
+        tags: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Captured:
+        """A generation of a machine, which stands still already if `execution` is None. Raises what capture raises."""
+        supervisor = self._supervisor
+        await lazily.whole(machine, supervisor.say)
+        regions = await supervisor.in_store(lambda: machine.captured_regions(full=full))
+        disks = await DiskInstant.plan(machine, full=full)
+        facts = {**machine.metadata(full=full), **(metadata or {})}
+
+        def work() -> Captured:
+            return capture(
+                supervisor.repository,
+                supervisor.vm,
+                regions,
+                machine.journal,
+                execution,
+                cause=cause,
+                parent=machine.parent,
+                full=full,
+                disks=disks,
+                tags=tags,
+                metadata=facts,
+                limits=self._limits,
+                pauses=machine.pauses,
+                making=supervisor.draining.take(),
+                progress=progress or supervisor.progress,
+            )
+
+        filling = supervisor.filling
+        async with filling.paused(while_=disks is not None) if filling is not None else nullcontext():
+            try:
+                done = await supervisor.in_store(work)
+                machine.committed(done)
+            finally:
+                if disks is not None:
+                    await settle_bitmaps(machine)
+        self._tidying = asyncio.create_task(self._tidy())
+        self._report(done, cause)
+        return done
+
+    async def settle(self) -> None:
+        """Wait for what follows the last generation."""
+        if self._tidying is not None:
+            await self._tidying
+
+    def _report(self, done: Captured, cause: str) -> None:
+        supervisor = self._supervisor
+        supervisor.say(documents.made_text(done.generation, done.seconds)[0] + f" ({cause})")
+        for line in (
+            *reads_text(reads_of(done.generation)),
+            *documents.forgotten_text(done.forgotten),
+            *documents.over_limit(done.stopped, self._limits),
+        ):
+            supervisor.say(f"{supervisor.vm}: {line}")
+
+    async def _tidy(self) -> None:
+        """After a capture: forget what no rule keeps, if that is wanted, and merge the index."""
+        supervisor = self._supervisor
+        try:
+            if supervisor.policy.forget_after_capture:
+                gone = await supervisor.in_store(lambda: forget_by_policy(supervisor.repository, supervisor.vm))
+                if gone:
+                    supervisor.say(f"{supervisor.vm}: forgotten by policy: {', '.join(each.name for each in gone)}")
+            await supervisor.in_store(lambda: supervisor.repository.tidy(_TIDY_SECONDS))
+        except PerdureError as error:
+            supervisor.say(f"{supervisor.vm}: after the capture: {one_line(error)}")
