@@ -1,6 +1,7 @@
 """The guest's library and command: lines, gaps, areas on a file in place of a device, namespaces on a copy of sysfs."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def test_numbers_on_the_command_line():
 def test_the_host_agrees_on_limits():
     assert (guest._LINE_MAX, guest.NAME_CHARACTERS_MAX) == (protocol.LINE_BYTES_MAX, protocol.NAME_CHARACTERS_MAX)
     assert (guest.PROTOCOL_VERSION, guest.PORT_NAME) == (protocol.VERSION, protocol.PORT_NAME)
+    ports = re.findall(r"name=(org\.perdure[\w.]*\w)", (Path(__file__).parents[2] / "README.md").read_text())
+    assert set(ports) == {protocol.PORT_NAME}
 
 
 # The library, through an agent, to the host's own region table
