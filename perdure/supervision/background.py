@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from base.errors import PerdureError, one_line
+from base.errors import ConflictError, PerdureError, one_line
 from perdure.supervision.schedule import Due, Timetable
+
+if TYPE_CHECKING:
+    from perdure.supervision.supervisor import Supervisor
 
 _LOOK_SECONDS = 15.0
 """Between two looks at the clock, at most: it may be set, and a host that slept has slept the loop's clock, too."""
@@ -52,23 +56,29 @@ async def keep_drained(vm: str, step: Callable[[], Awaitable[float]], say: Calla
         await asyncio.sleep(wait)
 
 
-async def keep_keys(
-    vm: str, needed: Callable[[], bool], renew: Callable[[], Awaitable[None]], say: Callable[[str], None]
-) -> None:
-    """Take the newest keys while some process of ours needs what others may seal with them, until cancelled."""
+async def keep_keys(supervisor: Supervisor) -> None:
+    """Take the newest keys while servers of memory or disks may need what others seal with them, until cancelled."""
     said = ""
     while True:
         await asyncio.sleep(_KEYS_SECONDS)
-        if not needed():
+        if not _served(supervisor):
             continue
         try:
-            await renew()
+            await supervisor.in_store(supervisor.repository.renew_keys)
             said = ""
         except PerdureError as error:
             if one_line(error) != said:
                 said = one_line(error)
-                say(f"{vm}: what is sealed with new keys cannot be read for it: {said}")
+                supervisor.say(f"{supervisor.vm}: what is sealed with new keys cannot be read for it: {said}")
             await asyncio.sleep(_AGAIN_SECONDS)  # a passphrase takes a third of a second to try
+
+
+def _served(supervisor: Supervisor) -> bool:
+    """Whether memory or disks come from the repository just now."""
+    lazy, filling = supervisor.launcher.lazy, supervisor.filling
+    with suppress(ConflictError):  # there is no VM just now
+        lazy = lazy or supervisor.machine.lazy
+    return lazy is not None or (filling is not None and filling.busy)
 
 
 def schedule_document(timetable: Timetable) -> dict[str, Any] | None:

@@ -116,8 +116,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._interrupted, number)
         try:
             async with await serve(self.local.folder.control, self._requests.commands(), self.say):
-                renewed = background.keep_keys(self.vm, self._serves, self._renew_keys, self.say)
-                self._beside.append(asyncio.create_task(renewed))
+                self._beside.append(asyncio.create_task(background.keep_keys(self)))
                 async with self.operation:
                     await self._start(begin, boot, lazy=lazy)
                 schedule = background.keep_schedule(self.vm, self.timetable, self._scheduled, self.say)
@@ -167,14 +166,6 @@ class Supervisor:
     def undisturbed(self) -> bool:
         """Whether the VM runs, and nobody is about to leave it."""
         return self._machine is not None and self.state == "running" and self._leaving is None
-
-    def _serves(self) -> bool:
-        """Whether memory or disks are read from the repository by other processes, for as long as that takes."""
-        lazy = self.launcher.lazy or (self._machine and self._machine.lazy)
-        return lazy is not None or (self.filling is not None and self.filling.busy)
-
-    async def _renew_keys(self) -> None:
-        await self.in_store(self.repository.renew_keys)
 
     async def _scheduled(self, due: Due) -> None:
         if self._leaving is None:

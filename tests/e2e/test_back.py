@@ -46,9 +46,9 @@ def reported(vm: Supervised) -> Iterator[None]:
         raise
 
 
-def described(vm: Supervised) -> None:
+def described(vm: Supervised, content_bytes: int = 32 << 20) -> None:
     """Images with content, and so little bandwidth that filling lasts until the judge gives more."""
-    (vm.folder / "one").write_bytes(bytes(8 << 20) + os.urandom(32 << 20) + bytes(24 << 20))
+    (vm.folder / "one").write_bytes(bytes(8 << 20) + os.urandom(content_bytes) + bytes(24 << 20))
     image("create", "-f", "qcow2", vm.folder / "two", "24M")
     path = vm.folder / "VM.toml"
     path.write_text(path.read_text().replace("[policy]\n", "[policy]\nfill_bandwidth = 0x10000\n"))
