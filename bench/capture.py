@@ -1,10 +1,12 @@
-"""Captures of a running VM: python -m bench.capture [--memory MIB] [--used MIB] [--turns N] [--quick] [--qemu BINARY].
+"""Captures of a running VM: python -m bench.capture [--memory MIB] [--used MIB] [--turns N] [--quick] [--qemu BINARY]
+[--parts pauses drain missed] and what bench.drain and bench.missed take.
 
 A real guest whose memory is full of data that does not compress. Before each full generation a program of the guest
 writes one byte into 1 % of all its pages, at random. Measured are: the pause, by a heartbeat of the guest that the host
 samples with its own clock, and as we report it, idle and while the guest writes to a disk; QEMU's own stop and migrate
 to a file of the same VM in the same run, without a limit to its bandwidth, in its newer format too where QEMU has
 that; the pause of a VM of 512 MiB and one of 4 GiB with the same pages written; and the tracker's scan of page tables.
+Then write-back and what it costs the guest (bench.drain), and pages missed over random patterns (bench.missed).
 Ends with a line of JSON.
 """
 
@@ -23,20 +25,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / each) for each in ("tests", "tests/e2e", "tests/guest")]
+from bench import drain, missed
+from bench.disks import WRITER, make
+from bench.heartbeat import IN_GUEST as HEARTBEAT
+from bench.heartbeat import Heartbeat
+from bench.vms import ROOT, supervised
+from vm.mappings import shared_mappings
+from vm.pagemap import Pagemap
 
-from supervised import NAME, Supervised  # noqa: E402  the tests' way to have a VM
-from test_survival import IN_GUEST  # noqa: E402
-
-from bench.disks import WRITER, Guest, make  # noqa: E402
-from bench.heartbeat import IN_GUEST as HEARTBEAT  # noqa: E402
-from bench.heartbeat import Heartbeat  # noqa: E402
-from vm.mappings import shared_mappings  # noqa: E402
-from vm.pagemap import Pagemap  # noqa: E402
+from supervised import NAME, Supervised  # isort: skip  bench.vms says where it is
 
 MIB = 1 << 20
 GIB = 1 << 30
+PARTS = ("pauses", "drain", "missed")
 USER = f"""
 import mmap, random
 some, block = random.Random(1), os.urandom({MIB})
@@ -64,30 +65,35 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=60, help="captures without disk load")
     parser.add_argument("--quick", action="store_true", help="few captures, and small VMs: whether it works")
     parser.add_argument("--qemu", help="QEMU's program, if not the one in PATH")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
+    drain.add_arguments(parser)
+    missed.add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.memory, arguments.used, arguments.turns = 512, 128, 4
+        arguments.drain_field, arguments.drain_turns, arguments.drain_seconds = 64, 1, 1.0
+        arguments.minutes = 0.0
     subprocess.run([str(ROOT / "scripts" / "build-guest")], check=True, stdin=subprocess.DEVNULL)
-    dirty = arguments.memory * MIB // 100 // 4096
-    figures = main_vm(arguments, dirty)
-    small, large = (256, 512) if arguments.quick else (512, 4096)
-    figures |= sizes(small, large, min(dirty, small * MIB // 100 // 4096), arguments)
+    figures: dict[str, Any] = {}
+    if "pauses" in arguments.parts:
+        dirty = arguments.memory * MIB // 100 // 4096
+        figures |= main_vm(arguments, dirty)
+        small, large = (256, 512) if arguments.quick else (512, 4096)
+        figures |= sizes(small, large, min(dirty, small * MIB // 100 // 4096), arguments)
+    if "drain" in arguments.parts:
+        figures |= drain.measure(arguments)
+    if "missed" in arguments.parts:
+        figures |= missed.measure(arguments)
     print(json.dumps(figures))
 
 
 @contextlib.contextmanager
-def supervised(memory: int, arguments: argparse.Namespace, settings: str = "") -> Iterator[Supervised]:
-    """A VM of `memory` MiB that has booted."""
-    if arguments.qemu:
-        settings = f'qemu = "{arguments.qemu}"\n{settings}'
-    with tempfile.TemporaryDirectory(prefix="perdure-capture-") as folder:
-        vm = Supervised(Guest(), settings=settings, repository=Path(folder, "repository"), memory=memory * MIB)
-        with contextlib.closing(vm):
-            vm.tell_hook("nothing")
-            vm.boot()
-            vm.guest.run(IN_GUEST + HEARTBEAT + USER)
-            vm.guest.run("beat()")
-            yield vm
+def beating(memory: int, arguments: argparse.Namespace, settings: str = "") -> Iterator[Supervised]:
+    """A VM of `memory` MiB whose guest's heart beats."""
+    with supervised(memory, qemu=arguments.qemu, settings=settings) as vm:
+        vm.guest.run(HEARTBEAT + USER)
+        vm.guest.run("beat()")
+        yield vm
 
 
 def heartbeat(vm: Supervised) -> Heartbeat:
@@ -101,7 +107,7 @@ def main_vm(arguments: argparse.Namespace, dirty: int) -> dict[str, Any]:
         disk = Path(folder, "disk")
         make(disk, GIB // 4, "raw")
         settings = f'[[disk]]\nname = "one"\nfile = "{disk}"\nformat = "raw"\n'
-        with supervised(arguments.memory, arguments, settings) as vm:
+        with beating(arguments.memory, arguments, settings) as vm:
             vm.guest.run(WRITER)
             vm.guest.run(f"use({arguments.used * MIB})")
             with heartbeat(vm) as beat:
@@ -139,7 +145,7 @@ def sizes(small: int, large: int, dirty: int, arguments: argparse.Namespace) -> 
     found: dict[int, list[float]] = {small: [], large: []}
     used = min(small // 4, arguments.used)
     with contextlib.ExitStack() as stack:
-        vms = {size: stack.enter_context(supervised(size, arguments)) for size in found}
+        vms = {size: stack.enter_context(beating(size, arguments)) for size in found}
         beats = {size: stack.enter_context(heartbeat(vm)) for size, vm in vms.items()}
         for vm in vms.values():
             vm.guest.run(f"use({used * MIB})")

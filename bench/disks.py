@@ -19,11 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / each) for each in ("tests", "tests/e2e", "tests/guest")]
+from bench.vms import ROOT, Guest
 
-from supervised import NAME, Supervised  # noqa: E402  the tests' way to have a VM
-from test_survival import IN_GUEST  # noqa: E402
+from supervised import NAME, Supervised  # isort: skip  bench.vms says where it is
+from test_survival import IN_GUEST  # isort: skip
 
 BLOCK = 64 << 10
 WRITER = f"""
@@ -39,13 +38,6 @@ def write_and_sync():
         write_one()
     os.fsync(disk)
 """
-
-
-class Guest:
-    """The test guest's image, which scripts/build-guest has made."""
-
-    kernel = ROOT / ".cache" / "guest" / "vmlinuz"
-    initrd = ROOT / ".cache" / "guest" / "initrd.img"
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ async def prepare(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str])
     nodes = {each["node-name"]: each for each in await monitor.execute("query-named-block-nodes", flat=True)}
     for number, disk in enumerate(disks):
         size = int(nodes[monitor.names.node(disk)]["image"]["virtual-size"])
-        path = _file(folder, number)
+        path = copies(folder, number)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -89,7 +89,7 @@ async def freeze(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str]) 
     Raises VirtualMachineError; `release` is needed in any case.
     """
     for number, disk in enumerate(disks):
-        old = {"driver": "file", "filename": str(_file(folder, number)), "node-name": f"{_OLD}{number}"}
+        old = {"driver": "file", "filename": str(copies(folder, number)), "node-name": f"{_OLD}{number}"}
         await _add(monitor, old | {"discard": "unmap"})
         filter_ = {"driver": "copy-before-write", "node-name": f"{_FILTER}{number}", "file": monitor.names.node(disk)}
         await _add(monitor, filter_ | {"target": f"{_OLD}{number}", "on-cbw-error": "break-snapshot"})
@@ -140,7 +140,8 @@ async def release(monitor: Monitor, folder: RuntimeFolder) -> bool:
     return bool(nodes)
 
 
-def _file(folder: RuntimeFolder, number: int) -> Path:
+def copies(folder: RuntimeFolder, number: int) -> Path:
+    """To which QEMU copies what the guest overwrites of the disk of that number, from `freeze` to `release`."""
     return folder.path / f"{_OLD}{number}"
 
 

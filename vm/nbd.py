@@ -4,6 +4,12 @@ says, its content.
 A client of one export, read-only, for one thread at a time; one request is under way at any moment. What a server
 sends is checked against what was asked: QEMU is trusted, but an answer that is cut short must not become zeros.
 
+An instant that QEMU keeps (copy-before-write, snapshot-access) is asked for in a way that QEMU 7.2 answers rightly:
+there, a request that begins in what was copied before the guest overwrote it, and goes beyond its end, is answered from
+the disk as it is by now; so what the guest has zeroed since then counted as zero. A request within one of the clusters
+in which QEMU copies is answered rightly. So what lies in the file of the copies counts as data, and is asked for by
+cluster, after everything else: what was copied later than that had been read before.
+
 Source: the NBD protocol, doc/proto.md of the NetworkBlockDevice project: fixed newstyle negotiation, structured
 replies, meta context base:allocation. QEMU, docs/interop/nbd.txt: meta context qemu:dirty-bitmap.
 """
@@ -28,6 +34,8 @@ _READ_BYTES_MAX = 4 << 20
 _RECEIVE_BYTES_MAX = 64 << 20
 """Of one piece of an answer: QEMU tells of at most 2 ** 20 extents, of 8 bytes, and gives no more than was asked."""
 _STATUS_BYTES_MAX = 1 << 30
+_CLUSTER = 64 << 10
+"""Of copy-before-write; a multiple of it where the file of the copies has larger ones, which a raw file has not."""
 
 _GREETING = struct.Struct(">8s8sH")
 _OPTION = struct.Struct(">8sII")
@@ -51,12 +59,13 @@ _BITMAP = "qemu:dirty-bitmap:"
 class Export:
     """A connection to one export; a context manager. Attributes: `vm`, `name`, `size` (bytes)."""
 
-    def __init__(self, vm: str, path: Path, name: str, bitmap: str | None = None) -> None:
-        """`vm` is for messages; `bitmap` names the one that is exported with it, if one is.
+    def __init__(self, vm: str, path: Path, name: str, bitmap: str | None = None, copies: Path | None = None) -> None:
+        """`vm` is for messages; `bitmap` names the one that is exported with it, if one is; `copies` is the file to
+        which QEMU copies what the guest is about to overwrite, if this is an instant that it keeps.
 
         Raises VirtualMachineError if there is no such export, or it lacks what is needed.
         """
-        self.vm, self.name = vm, name
+        self.vm, self.name, self._copies = vm, name, copies
         self._bitmap = None if bitmap is None else _BITMAP + bitmap
         self._cookie = 0
         self._contexts: dict[str, int] = {}
@@ -82,7 +91,8 @@ class Export:
 
     def data(self, start: int, end: int) -> Extents:
         """What of [start, end) may be other than zero, in bytes. Raises VirtualMachineError."""
-        return self._where(_ALLOCATION, start, end, lambda flags: not flags & _STATUS_ZERO)
+        found = self._where(_ALLOCATION, start, end, lambda flags: not flags & _STATUS_ZERO)
+        return ranges.union(found, self._copied(start, end))  # in this order
 
     def written(self, start: int, end: int) -> Extents:
         """What of [start, end) is set in the bitmap, in bytes. Raises VirtualMachineError."""
@@ -106,14 +116,33 @@ class Export:
 
     def read_into(self, descriptor: int, extents: Extents) -> None:
         """Copy ranges into a file, to the same offsets. Raises VirtualMachineError, OSError of the file."""
+        if not len(extents):
+            return
+        self._read_pieces(descriptor, extents, _READ_BYTES_MAX)
+        copied = self._copied(int(extents[0, 0]), int(extents[-1, 1]))
+        self._read_pieces(descriptor, ranges.intersect(extents, copied), _CLUSTER)
+
+    def _read_pieces(self, descriptor: int, extents: Extents, size: int) -> None:
+        """By requests that do not go beyond a multiple of `size`."""
         for start, end in extents.tolist():
-            for at in range(start, end, _READ_BYTES_MAX):
+            while start < end:
+                length = min(size - start % size, end - start)
                 with self._errors():
-                    data = self._read(at, min(_READ_BYTES_MAX, end - at))
-                view = memoryview(data)
+                    data = self._read(start, length)
+                view, at = memoryview(data), start
                 while view:
                     written = os.pwrite(descriptor, view, at)
                     view, at = view[written:], at + written
+                start += length
+
+    def _copied(self, start: int, end: int) -> Extents:
+        """What of [start, end) QEMU has copied by now, other than zeros, in whole clusters."""
+        if self._copies is None:
+            return ranges.EMPTY
+        first = start - start % _CLUSTER
+        with self._errors(), self._copies.open("rb") as file:
+            found = ranges.widen(ranges.resident(file.fileno(), end, first), _CLUSTER)
+        return ranges.intersect(found, ranges.normalise([(start, end)]))
 
     def _negotiate(self) -> int:
         magic, options, flags = _GREETING.unpack(self._receive(_GREETING.size))

@@ -134,8 +134,9 @@ class DiskInstant:
         machine, folder = self._machine, self._machine.qemu.folder
         with_bitmaps = {disk.name: bitmaps.FROZEN for disk in self.captured if self._token(disk) is not None}
         self._wait(disks.export(machine.monitor, folder, self._names, with_bitmaps))
-        for name in self._names:
-            yield Export(machine.description.name, folder.disks, name, with_bitmaps.get(name))
+        for number, name in enumerate(self._names):
+            copies = disks.copies(folder, number)
+            yield Export(machine.description.name, folder.disks, name, with_bitmaps.get(name), copies)
 
     def release(self) -> None:
         with suppress(VirtualMachineError):  # a next capture, or supervisor, will

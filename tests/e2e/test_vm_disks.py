@@ -131,3 +131,41 @@ async def run_out_of_room(place: Place, described: Any, little_room: Path) -> No
 def read_all(address: Path, copy: Path) -> None:
     with Export("demo", address, "one") as export, copy.open("wb") as file:
         export.read_into(file.fileno(), export.data(0, export.size))
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_what_is_zeroed_or_written_after_the_instant_is_read_as_it_was(place: Place, image: Path, kind: str) -> None:
+    """Requests begin, end and cross the borders of what QEMU has copied by then."""
+    file = place.root / f"disk.{kind}"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, image, file], check=True)
+    described = place.describe(disks=(Disk("one", file, format=kind),))
+    asyncio.run(change_after_the_instant(place, described, image.read_bytes()))
+
+
+async def change_after_the_instant(place: Place, described: Any, expected: bytes) -> None:
+    names, folder, copy = disks.captured(described), place.folder, place.root / "copy"
+    async with await Monitor.connect(place.launch(described)) as monitor:
+        await disks.prepare(monitor, folder, names)
+        await disks.freeze(monitor, folder, names)
+        for change in (
+            "write -z 12k 100k",
+            "write -z -u 1M 1M",
+            "write -P 5 6M 200k",
+            "write -P 6 100M 4k",
+            "write -z 3M 8M",
+        ):
+            await change_disk(monitor, change)
+        await disks.export(monitor, folder, names)
+        with Export("demo", folder.disks, "one", copies=disks.copies(folder, 0)) as export, copy.open("wb") as file:
+            file.truncate(export.size)
+            there = export.data(0, export.size)
+            await change_disk(monitor, "write -z 2M 500k")  # in what is to be read
+            await asyncio.to_thread(export.read_into, file.fileno(), there)
+        assert copy.read_bytes()[: len(expected)] == expected
+        assert await disks.release(monitor, folder)
+
+
+async def change_disk(monitor: Monitor, how: str) -> None:
+    """As the guest's device would."""
+    device = "drive-one/virtio-backend"
+    assert await monitor.human(f'qemu-io -d {device} "{how}"') == ""
