@@ -40,6 +40,12 @@ pytestmark = pytest.mark.qemu
 
 MOMENTS, DENIED = (Path(__file__).parent / name for name in ("moments", "denied"))
 
+COMMANDS = (
+    *("query-memory-devices", "human-monitor-command", "qom-list", "query-named-block-nodes", "query-status"),
+    *("query-migrate", "query-block", "migrate-set-capabilities", "getfd", "migrate-incoming", "cont"),
+)[: None if os.environ.get("PERDURE_FAULTS") == "all" else 0]
+"""Of a launch, at which QEMU hangs; one is always tried, beside these."""
+
 
 class Momentous(Supervised):
     """A VM to whose supervisors something can be made to happen."""
@@ -136,6 +142,14 @@ def test_what_holds_a_launch_up_is_said_at_once_and_nothing_is_half_made(vm: Mom
     assert (captured["cause"], captured["full"], head["parent_name"]) == ("before rollback", True, point)
     before = f"{NAME}@{captured['generation']}"
     assert f"{NAME} does not run: it was captured before, as {before}; the next `perdure run` goes on" in vm.run.text
+
+    for command in COMMANDS:
+        vm.at(command, f"touch {vm.folder}/hung; kill -STOP $QEMU")
+        run = vm.start("--from", before, "--lazy")
+        assert run.ended() == 1, command
+        assert f"QEMU did not give the answer to `{command}` within" in run.text
+        (vm.folder / "hung").unlink()
+        assert not list(vm.runtime.glob("memory*/*"))
 
     script, packs = lost(vm)
     vm.at("migrate-incoming", script)
