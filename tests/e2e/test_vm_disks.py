@@ -45,7 +45,7 @@ def image(short_folder: Path) -> Path:
     path, data = short_folder / "raw", random.Random(1)
     with path.open("wb") as file:
         file.truncate(SIZE)
-        for at, size in ((0, 3 * MIB), (5 * MIB + 4096, 5 * MIB), (SIZE - 8704, 8704)):
+        for at, size in ((0, 3 * MIB), (5 * MIB + 4096, 5 * MIB), (20 * MIB, MIB), (SIZE - 8704, 8704)):
             file.seek(at)
             file.write(data.randbytes(size))
     return path
@@ -152,6 +152,7 @@ async def change_after_the_instant(place: Place, described: Any, expected: bytes
             "write -z -u 1M 1M",
             "write -P 5 6M 200k",
             "write -P 6 100M 4k",
+            "write -P 7 20416k 64k",  # nothing, just before something
             "write -z 3M 8M",
         ):
             await change_disk(monitor, change)
