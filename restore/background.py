@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from base.errors import IntegrityError, LockedError, StorageError
 from base.units import PAGE
 from restore import claims as record
 from restore.claims import Claims
-from restore.placement import ZERO, Placer, Served, add, by_frame
+from restore.placement import ZEROS, Placer, Served, add, by_frame
 from restore.plan import NOTHING, WINDOW, MovedError, Window
 from restore.working_set import WorkingSet
 
@@ -24,17 +25,19 @@ UNREADABLE = (IntegrityError, StorageError, LockedError)
 """What reading the store fails with: whoever waits for it goes on waiting."""
 
 _PLAN_BATCH, _PLAN_BATCH_EARLY = 4, 32
-"""Windows that are planned in one step, while a fault may come in between and before that: together they are cheaper
-(0.97 ms for one, 0.36 for each of 4, 0.2 for each of 32)."""
+"""Windows that are planned in one step, while a fault may come in between and before that: together they are
+cheaper."""
 _PLAN_AHEAD = 1 << 20
 """Pages that are planned and not placed, at most: 64 bytes each."""
-_BLOCK = 4
-"""Pages that are fetched ahead together: all of a frame would be 27 times what was waited for, and take as long."""
+_GAP = 8
+"""Windows between two that are known: planned with them, since that is cheaper than to begin anew."""
+_KNOWN_BATCH = 256
+"""Known pages that are looked up in one step."""
 _KEPT_BYTES = 64 << 20
 """Opened before there is a QEMU to put it into, at most."""
 
-_Fetched = tuple[Served, NDArray[np.int64], NDArray[np.uint8] | None]
-"""Pages of a region and their content; None is zeros."""
+_Fetched = tuple[Served, NDArray[np.int64], NDArray[np.uint8]]
+"""Pages of a region and their content."""
 
 
 class Background:
@@ -48,8 +51,9 @@ class Background:
         unread: Callable[[Served, int, str], None],
     ) -> None:
         self._regions, self._claims, self._unread = regions, claims, unread
-        self._fetching: Iterator[_Fetched] | None = self._known(working_set)
+        self._fetching: Iterator[_Fetched | None] | None = self._known(working_set)
         self._kept: deque[_Fetched] = deque()
+        self._zeros: deque[tuple[Served, int]] = deque()
         self._kept_bytes = 0
         self._placer: Placer | None = None
         self.begin()
@@ -71,29 +75,48 @@ class Background:
         """One step that needs no QEMU; False if there is none. What cannot be read now is met again."""
         try:
             if self._fetching is not None and self._kept_bytes < _KEPT_BYTES:
-                found = next(self._fetching, None)
-                if found is None:
+                try:
+                    found = next(self._fetching)
+                except StopIteration:
                     self._fetching = None
-                else:
+                    return True
+                if found is not None:
                     self._kept.append(found)
-                    self._kept_bytes += 0 if found[2] is None else found[2].nbytes
+                    self._kept_bytes += found[2].nbytes
                 return True
-            return self._ahead < _PLAN_AHEAD and self._plan_next(_PLAN_BATCH_EARLY)
+            if self._ahead < _PLAN_AHEAD and self._plan_next(_PLAN_BATCH_EARLY):
+                return True
+            return self._locate_some()
         except UNREADABLE:
             self.begin()
             return False
 
+    def _locate_some(self) -> bool:
+        """Look up where the next planned windows are; False if that is known of all."""
+        for served in self._regions:
+            windows = [each for each in served.plan.windows.values() if not each.located]
+            if windows:
+                served.plan.locate(*windows[:_PLAN_BATCH_EARLY])
+                return True
+        return False
+
     def fetch(self) -> bool:
         """Put one frame of what earlier resumes touched first; False if that is done. Raises ConflictError."""
+        if self._zeros:
+            self.put_zeros(*self._zeros.popleft())
+            return True
         if self._kept:
             self._put_known(*self._kept.popleft())
             return True
         if self._fetching is not None:
-            found = next(self._fetching, None)
-            if found is not None:
-                self._put_known(*found)
+            try:
+                found = next(self._fetching)
+            except StopIteration:
+                self._fetching = None
+            else:
+                if found is not None:
+                    self._put_known(*found)
                 return True
-            self._fetching = None
         self._claims.set(record.FETCHED, 1)
         return False
 
@@ -116,11 +139,12 @@ class Background:
         while again:
             again = False
             window = self.window(served, number)
+            served.plan.locate(window)
             for each in by_frame(window, np.arange(len(window.numbers))):
                 members = served.missing(window, each)
                 if len(members):
                     try:
-                        self._put(served, window.numbers[members], served.plan.chunks(window, members))
+                        self.put(served, window.numbers[members], served.plan.chunks(window, members))
                     except MovedError:
                         again = True
                     except UNREADABLE as error:
@@ -138,7 +162,7 @@ class Background:
     def window(self, served: Served, number: int) -> Window:
         """A window, planned if it was not. Raises UNREADABLE."""
         plan = served.plan
-        if number >= len(plan.finished) or plan.finished[number]:
+        if served.is_finished(number):
             return NOTHING
         if number not in plan.windows:
             self._plan(served, number, number + 1)
@@ -146,7 +170,9 @@ class Background:
 
     def _plan(self, served: Served, first: int, last: int) -> None:
         """Plan windows, and count what there is in those that were not planned."""
-        for window in served.plan.plan(first, last):
+        windows = served.plan.plan(first, last)
+        served.plan.foresee(windows)
+        for window in windows:
             add(self._claims, record.PLANNED, len(window.numbers))
             add(self._claims, record.PLACED, int(np.count_nonzero(served.claims[window.numbers])))
 
@@ -176,32 +202,78 @@ class Background:
 
     # Pages
 
-    def _known(self, working_set: WorkingSet) -> Iterator[_Fetched]:
-        """Pages that earlier resumes waited for, frame by frame, with a few neighbours; pages of zeros among them."""
+    def _known(self, working_set: WorkingSet) -> Iterator[_Fetched | None]:
+        """Frames of the pages that earlier resumes waited for, in that order, with all of the window that they hold, as
+        it came along then. None is a step that opens none; pages of zeros are noted."""
         for served in self._regions:
-            for number, pages in working_set.windows(served.name, WINDOW):
-                try:
-                    window = self.window(served, number)
-                    wanted = np.isin(window.numbers // _BLOCK, pages // _BLOCK)
-                    for members in by_frame(window, np.flatnonzero(wanted)):
-                        if not served.claims[window.numbers[members]].all():
-                            # A copy, since a view would keep all of the frame.
-                            yield served, window.numbers[members], served.plan.chunks(window, members).copy()
-                    zeros = np.setdiff1d(pages[pages < len(served.claims)], window.numbers)
-                    if len(zeros):
-                        yield served, zeros, None
-                except (*UNREADABLE, MovedError):
-                    continue
+            pages = working_set.pages(served.name)
+            pages = pages[pages < len(served.claims)]
+            for first, last in _ranges(pages // WINDOW):
+                with suppress(*UNREADABLE):  # which is met again
+                    self._plan(served, first, last)
+                yield None
+            for start in range(0, len(pages), _KNOWN_BATCH):
+                found = self._found(served, pages[start : start + _KNOWN_BATCH])
+                yield None
+                yield from self._opened(served, found)
 
-    def _put_known(self, served: Served, numbers: NDArray[np.int64], chunks: NDArray[np.uint8] | None) -> None:
+    def _found(self, served: Served, pages: NDArray[np.int64]) -> list[tuple[Window, int, NDArray[np.void]]]:
+        """Windows of known pages, their members there, and where these are."""
+        members = []
+        for page in pages.tolist():
+            number = page // WINDOW
+            if not served.is_finished(number) and number not in served.plan.windows:
+                continue  # it could not be planned: nothing is known of it
+            window = self.window(served, number)
+            at = window.find(page)
+            if at >= 0:
+                members.append((window, at))
+            elif not served.claims[page]:
+                self._zeros.append((served, page))
+        if not members:
+            return []
+        try:
+            places = served.plan.places(np.stack([window.ids[at] for window, at in members]))
+        except UNREADABLE:
+            return []
+        return [(window, at, places[each : each + 1]) for each, (window, at) in enumerate(members)]
+
+    def _opened(self, served: Served, found: list[tuple[Window, int, NDArray[np.void]]]) -> Iterator[_Fetched]:
+        seen: set[tuple[int, int, int]] = set()
+        for window, at, place in found:
+            key = int(window.numbers[0]), int(place["pack"][0]), int(place["frame"][0])
+            if key in seen or served.claims[window.numbers[at]]:
+                continue
+            seen.add(key)
+            try:
+                frame, _ = served.plan.open(window, at, place)
+            except UNREADABLE:
+                continue
+            members, slots = window.held_by(frame)
+            yield served, window.numbers[members], frame.take(slots)
+
+    def put_zeros(self, served: Served, page: int) -> None:
+        """A page that is zero in the generation, with its neighbours that are. Raises ConflictError."""
         assert self._placer is not None
-        if chunks is not None:
-            self._put(served, numbers, chunks)
-            add(self._claims, record.PREFETCHED, len(numbers))
-            return
-        for page in numbers[served.claims[numbers] == 0].tolist():  # no window counts them
-            self._placer.one(served, page, ZERO)
+        first, last = self.window(served, page // WINDOW).zeros(page, ZEROS)
+        self._placer.zeros(served, first, min(last, len(served.claims)))
 
-    def _put(self, served: Served, numbers: NDArray[np.int64], chunks: NDArray[np.uint8]) -> None:
+    def _put_known(self, served: Served, numbers: NDArray[np.int64], chunks: NDArray[np.uint8]) -> None:
+        self.put(served, numbers, chunks)
+        add(self._claims, record.PREFETCHED, len(numbers))
+
+    def put(self, served: Served, numbers: NDArray[np.int64], chunks: NDArray[np.uint8]) -> None:
+        """Pages and their content (n, PAGE), those that are there left out. Raises ConflictError."""
         assert self._placer is not None
         add(self._claims, record.PLACED, self._placer.several(served, numbers, chunks))
+
+
+def _ranges(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Ranges of windows that cover these numbers, at most a batch in each."""
+    ranges: list[tuple[int, int]] = []
+    for number in np.unique(numbers).tolist():
+        if ranges and number - ranges[-1][1] <= _GAP and number - ranges[-1][0] < _PLAN_BATCH_EARLY:
+            ranges[-1] = ranges[-1][0], number + 1
+        else:
+            ranges.append((number, number + 1))
+    return ranges

@@ -52,6 +52,7 @@ def fill(repository: Repository, memory: Path, regions: Collection[str], progres
                         high = min(low + _BATCH, last)
                         plan.plan(low, high)
                         for number in range(low, high):
+                            plan.locate(plan.windows[number])
                             _fill_window(claims, name, plan, plan.windows[number], backing[name])
                             plan.finish(number)
                         progress(f"completing {name}", min(high * 1024 * PAGE, size), size)

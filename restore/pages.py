@@ -15,16 +15,13 @@ import select
 import time
 from contextlib import ExitStack
 
-import numpy as np
-from numpy.typing import NDArray
-
 from base.errors import VirtualMachineError
 from base.units import PAGE
 from restore import claims as record
 from restore.background import UNREADABLE, Background
 from restore.claims import Claims
 from restore.placement import ZERO, Placer, Served, add, address_of
-from restore.plan import WINDOW, MovedError, RegionPlan
+from restore.plan import WINDOW, Frame, RegionPlan, Window
 from restore.working_set import WorkingSet
 from store.reader import GenerationReader
 from store.records import Generation
@@ -69,7 +66,7 @@ class PageServer:
         self._no_map = ""
         self._failed_at = self._next_fill = self._filled_at = 0.0
         self._fetches = self._fills = True
-        self._rest: list[tuple[Served, NDArray[np.int64], NDArray[np.uint8]]] = []
+        self._rest: list[tuple[Served, Window, Frame]] = []
         self._background = Background(self._regions, claims, working_set, self._not_read)
 
     def get_ready(self) -> bool:
@@ -171,28 +168,21 @@ class PageServer:
         return True
 
     def _place_page(self, served: Served, page: int) -> None:
-        while True:
-            window = self._background.window(served, page // WINDOW)
-            at = window.find(page)
-            if at < 0:
-                self._placer.one(served, page, ZERO)
-                return
-            members = served.missing(window, np.flatnonzero(window.frames == window.frames[at]))
-            try:
-                chunks = served.plan.chunks(window, members)
-            except MovedError:
-                continue
-            self._placer.one(served, page, chunks[np.searchsorted(members, at)])
-            add(self._claims, record.PLACED, 1)
-            if len(members) > 1:
-                self._rest.append((served, window.numbers[members], chunks))
+        window = self._background.window(served, page // WINDOW)
+        at = window.find(page)
+        if at < 0:
+            self._background.put_zeros(served, page)
             return
+        frame, slot = served.plan.open(window, at)
+        self._placer.one(served, page, frame.chunks[slot : slot + 1])
+        add(self._claims, record.PLACED, 1)
+        self._rest.append((served, window, frame))
 
     def _place_rest(self) -> None:
-        """What came along with pages that were waited for."""
-        for served, numbers, chunks in self._rest:
-            add(self._claims, record.PLACED, self._placer.several(served, numbers, chunks))
-        self._rest.clear()
+        """What came along with a page that was waited for: all that its frame has of the window."""
+        served, window, frame = self._rest.pop()
+        members, slots = window.held_by(frame)
+        self._background.put(served, window.numbers[members], frame.take(slots))
 
     def _hold(self, served: Served, page: int, error: Exception) -> None:
         where = f"{page * PAGE:#x}-{(page + 1) * PAGE:#x}"

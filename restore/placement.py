@@ -18,6 +18,9 @@ from vm.mappings import Mapping
 from vm.userfaultfd import Userfaultfd
 
 ZERO = np.zeros((1, PAGE), np.uint8)
+ZEROS = 16
+"""Pages of zeros that are put together at most: a guest that takes one is likely to take its neighbours."""
+_ZEROS = np.zeros((ZEROS, PAGE), np.uint8)
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +48,10 @@ class Served:
             if mapping.start <= address < mapping.end:
                 return (mapping.offset + address - mapping.start) // PAGE
         return -1
+
+    def is_finished(self, number: int) -> bool:
+        """Whether nothing is left to place of a window: what of it is not claimed is zero."""
+        return number >= len(self.plan.finished) or bool(self.plan.finished[number])
 
     def missing(self, window: Window, members: NDArray[np.intp]) -> NDArray[np.intp]:
         """Those members of a window that are not placed."""
@@ -81,6 +88,18 @@ class Placer:
                 self._put(served, first, count, address, source + start * PAGE)
                 start += count
         return len(numbers)
+
+    def zeros(self, served: Served, first: int, last: int) -> None:
+        """Put zeros to those pages of [first, last), at most ZEROS of them, that are not claimed. Raises ConflictError
+        for one that is there and not claimed."""
+        free = np.flatnonzero(served.claims[first:last] == 0)
+        for run in np.split(free, np.flatnonzero(np.diff(free) != 1) + 1) if len(free) else ():
+            start, end = first + int(run[0]), first + int(run[-1]) + 1
+            while start < end:
+                address, room = served.address(start)
+                count = min(end - start, room)
+                self._put(served, start, count, address, address_of(_ZEROS))
+                start += count
 
     def _put(self, served: Served, first: int, count: int, address: int, source: int) -> None:
         self._claims.intend(served.at, first, count)

@@ -9,7 +9,7 @@ tell somewhat of what a guest does, and so the files are private. Belongs to one
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,15 +48,9 @@ class WorkingSet:
         """Somebody waited for this page."""
         self._touched.setdefault(region, []).append(page)
 
-    def windows(self, region: str, size: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """What is known of a region: (number of a window of `size` pages, pages in it), those first of which something
-        was touched first."""
-        pages = self._known.get(region)
-        if pages is not None and len(pages):
-            numbers = pages // size
-            windows, first = np.unique(numbers, return_index=True)
-            for number in windows[np.argsort(first)].tolist():
-                yield number, pages[numbers == number]
+    def pages(self, region: str) -> NDArray[np.int64]:
+        """Those of a region that are known, first touched first (n,)."""
+        return self._known.get(region, np.empty(0, np.int64))
 
     def save(self) -> None:
         """Remember it for the next resume, with what was known before; nothing fails here."""
