@@ -38,6 +38,8 @@ WRITE_BACK = 'write_back = "on"\n'
 UNLIMITED = 'background_bandwidth = "8 GiB"\nbackground_cpu_percent = 100\n'
 SETTLE_SECONDS = 1.5
 """After a turn began: draining stores what has rested for a look, half a second or more."""
+WELL_UNDER_WAY = 4.0
+"""MiB that are stored ahead when draining is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ class _Bench:
         """What is done in so many seconds, after a sweep."""
         self.vm.guest.run(f"turn({pattern!r}, {rate * MIB // PAGE})", SECONDS)
         time.sleep(SETTLE_SECONDS)
+        if rate and not stopped:  # write-back waits longer for pages to rest where much was stored in vain
+            self._until_drained(WELL_UNDER_WAY)
         ahead = 0.0 if stopped else self.ahead()
         before = self._counters()
         time.sleep(seconds)
@@ -165,14 +169,17 @@ class _Bench:
 
     def drained(self, wanted: float) -> float:
         """MiB a second, from the first that are stored ahead until `wanted` are."""
-        began = first = 0.0
+        self._until_drained(WELL_UNDER_WAY)
+        began, first = time.monotonic(), self.ahead()
+        return (self._until_drained(wanted) - first) / (time.monotonic() - began)
+
+    def _until_drained(self, wanted: float) -> float:
+        """Wait until so many MiB are stored ahead; gives how many are."""
         deadline = time.monotonic() + SECONDS
         while (ahead := self.ahead()) < wanted:
-            if not began and ahead > 4:
-                began, first = time.monotonic(), ahead
             assert time.monotonic() < deadline, f"{ahead:.0f} of {wanted:.0f} MiB are drained"
             time.sleep(0.05)
-        return (ahead - first) / (time.monotonic() - began)
+        return ahead
 
     def close(self) -> None:
         """Let go of the guest's memory."""
