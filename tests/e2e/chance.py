@@ -101,7 +101,8 @@ class Chance:
         self.seen.live += 1
 
     def _balloon(self) -> None:
-        self.vm.judge.execute("balloon", value=MEMORY - self._some.randrange(8) * 8 * MIB)
+        """Not so much that the guest has none left: it would kill the program that does things."""
+        self.vm.judge.execute("balloon", value=MEMORY - self._some.randrange(4) * 8 * MIB)
 
     def _taken_over(self) -> None:
         """In the middle of what the supervisor does."""
