@@ -146,12 +146,8 @@ class _Copy:
         self._parts.append((source, present, memory, at))
         with memoryview(memory) as view:
             for start, end in present.tolist():
-                while start < end:
-                    got = os.preadv(source.descriptor, [view[at : at + end - start]], start)
-                    if not got:  # beyond the end: zeros, which the buffer has
-                        at += end - start
-                        break
-                    start, at = start + got, at + got
+                source.memory.read_into(view[at : at + end - start], start)
+                at += end - start
 
     def store(self, writer: GenerationWriter) -> None:
         """Put the copies into packs, in place of what was pending."""

@@ -6,34 +6,37 @@ Belongs to the thread of the writer.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from base import extents as ranges
-from base.errors import StorageError
 from base.extents import Extents
-from base.progress import Progress
+from base.progress import Progress, silent
 from capture.trackers import Tracker
 from store.records import Generation
 from store.writer import GenerationWriter, RegionDraft
+from vm.config import RAM
+from vm.content import Place, open_content
 
+_WINDOW = 32 << 20
+"""Bytes of memory that no file shows which are copied at a time."""
 _READ_ANYWAY = 64 << 10
 """Ranges up to so many bytes are copied without looking for holes."""
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedRegion:
-    """A region as a capture sees it: its backing file (offsets are the region's), and what of it goes into the
-    generation, `kept` (over a reboot) or, in a full generation, all of it.
+    """A region as a capture sees it: where its bytes are, and what of it goes into the generation,
+    `kept` (over a reboot) or, in a full generation, all of it.
 
     `base` is the generation that the tracker's baseline is, None while it has none: then all is looked at.
     """
 
     name: str
     kind: str
-    path: Path
+    place: Place
     length: int
     kept: Extents
     tracker: Tracker
@@ -46,10 +49,7 @@ class Source:
     def __init__(self, region: CapturedRegion, draft: RegionDraft, content: Extents, pending: Extents) -> None:
         self.region, self.draft, self.content, self.pending = region, draft, content, pending
         self._asked = False
-        try:
-            self.descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageError.from_os(error, str(region.path), "open") from error
+        self.memory = open_content(region.place)
 
     @classmethod
     def begin(
@@ -70,7 +70,7 @@ class Source:
     def serves(self, region: CapturedRegion) -> bool:
         """Whether a capture of that region can go on from here: the same memory, followed by the same tracker."""
         ours = self.region
-        return region.tracker is ours.tracker and (region.path, region.length) == (ours.path, ours.length)
+        return region.tracker is ours.tracker and (region.place, region.length) == (ours.place, ours.length)
 
     def go_on(self, writer: GenerationWriter, region: CapturedRegion, *, full: bool) -> None:
         """As it is to be captured now: what belongs to it may be something else than when it was begun."""
@@ -81,7 +81,7 @@ class Source:
         self.region, self.content = region, content
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self.memory.close()
 
     def collect(self, *, running: bool) -> Extents:
         """Ask the tracker; the first time all since the baseline is pending, later what came since. Gives that."""
@@ -94,13 +94,35 @@ class Source:
 
     def store(self, writer: GenerationWriter, progress: Progress) -> None:
         """Put what is pending into packs, from where it lies."""
-        writer.replace(self.draft, self.descriptor, self.pending, progress)
+        self._put(writer, self.pending, progress)
         self.pending = ranges.EMPTY
 
     def store_some(self, writer: GenerationWriter, extents: Extents) -> None:
         """Put some of what is pending into packs, from where it lies."""
-        writer.replace(self.draft, self.descriptor, extents, here=True)
+        self._put(writer, extents, silent, here=True)
         self.pending = ranges.subtract(self.pending, extents)
+
+    def _put(self, writer: GenerationWriter, extents: Extents, progress: Progress, *, here: bool = False) -> None:
+        """From where it lies, if that is a file; else by way of copies, a window at a time."""
+        if self.memory.descriptor is not None:
+            writer.replace(self.draft, self.memory.descriptor, extents, progress, here=here)
+            return
+        present = self.present_of(extents)
+        writer.clear(self.draft, ranges.subtract(extents, present))
+        done, total = 0, ranges.total(present)
+        for window in _windows(present):
+            descriptor = os.memfd_create(f"perdure {self.region.name}", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(descriptor, self.region.length)
+                for start, end in window.tolist():
+                    data = bytearray(end - start)
+                    self.memory.read_into(memoryview(data), start)
+                    os.pwrite(descriptor, data, start)
+                writer.replace(self.draft, descriptor, window, here=here)
+            finally:
+                os.close(descriptor)
+            done += ranges.total(window)
+            progress(self.region.name, done, total)
 
     def store_from(self, writer: GenerationWriter, copy: int) -> None:
         """Put what is pending into packs, from a copy of it at the same offsets of another file."""
@@ -115,10 +137,14 @@ class Source:
     @property
     def present(self) -> Extents:
         """What of the pending ranges is no hole, or so small that looking costs more than reading zeros."""
-        small = self.pending[:, 1] - self.pending[:, 0] <= _READ_ANYWAY
-        found = [self.pending[small]]
-        for start, end in self.pending[~small].tolist():
-            found.append(ranges.resident(self.descriptor, min(end, self.region.length), start))
+        return self.present_of(self.pending)
+
+    def present_of(self, extents: Extents) -> Extents:
+        """The same of any ranges."""
+        small = extents[:, 1] - extents[:, 0] <= _READ_ANYWAY
+        found = [extents[small]]
+        for start, end in extents[~small].tolist():
+            found.append(self.memory.resident(min(end, self.region.length), start))
         return ranges.normalise(np.concatenate(found))
 
     @property
@@ -127,12 +153,29 @@ class Source:
         return ranges.total(self.present)
 
 
+def _windows(extents: Extents) -> Iterator[Extents]:
+    """Ranges in order, cut into sets of a limited size."""
+    rows: list[tuple[int, int]] = []
+    room = _WINDOW
+    for start, end in extents.tolist():
+        while start < end:
+            stop = min(end, start + room)
+            rows.append((start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield ranges.normalise(rows)
+                rows, room = [], _WINDOW
+    if rows:
+        yield ranges.normalise(rows)
+
+
 def content_of(generation: Generation, name: str) -> Extents:
     """What of a region a generation has."""
     region = generation.regions.get(name)
     if region is None:
         return ranges.EMPTY
-    if generation.full:
+    if generation.full or name == RAM:
         return ranges.normalise([(0, region.root.length)])
     return ranges.normalise([(start, end) for start, end in generation.metadata.get("kept", {}).get(name, [])])
 

@@ -20,14 +20,13 @@ called `Journal.begin_collect` before: no bit is cleared before that is written 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
-from base.errors import ConflictError, StorageError, VirtualMachineError
-from base.extents import EMPTY, Extents, normalise, resident, subtract, union
-from vm.mappings import Mapping, shared_mappings
+from base.errors import ConflictError, VirtualMachineError
+from base.extents import EMPTY, Extents, normalise, subtract, union
+from vm.content import Place, open_content
+from vm.mappings import Mapping
 from vm.pagemap import Pagemap
 from vm.userfaultfd import Userfaultfd
 
@@ -134,12 +133,12 @@ class ScanTracker:
 
 
 class WriteProtectTracker:
-    """Follows writes to QEMU's shared mappings of one backing file."""
+    """Follows writes to QEMU's shared mappings of one backing file, or to a part of its own memory."""
 
     kind: Kind = "userfaultfd"
 
     def __init__(
-        self, name: str, file: Path, descriptor: Userfaultfd, *, direct_io: bool = False, discards: bool = False
+        self, name: str, place: Place, descriptor: Userfaultfd, *, direct_io: bool = False, discards: bool = False
     ) -> None:
         """`name` says in errors which VM and region it is; `descriptor` is shared by a VM's trackers and not closed.
 
@@ -149,14 +148,11 @@ class WriteProtectTracker:
         self._descriptor = descriptor
         self._covered: list[Mapping] = []
         self._since: Extents | None = None  # collected since the baseline; None: there is no baseline
-        try:
-            self._file = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageError.from_os(error, str(file), "open") from error
+        self._content = open_content(place)
         try:
             self._pagemap = Pagemap(descriptor.pid)
         except OSError as error:
-            os.close(self._file)
+            self._content.close()
             raise VirtualMachineError(
                 f"{name}: cannot read the page tables of QEMU (pid {descriptor.pid}): {error.strerror}"
             ) from error
@@ -231,7 +227,7 @@ class WriteProtectTracker:
     def close(self) -> None:
         """Closes the file and the page tables; not the userfaultfd."""
         self._pagemap.close()
-        os.close(self._file)
+        self._content.close()
 
     def _require_drained(self, running: bool) -> None:
         if running and self.direct_io:
@@ -242,7 +238,7 @@ class WriteProtectTracker:
 
     def _mappings(self) -> list[Mapping]:
         try:
-            found = shared_mappings(self._descriptor.pid, self._file)
+            found = self._content.mappings(self._descriptor.pid)
         except OSError as error:
             raise self._failed("cannot read its memory map", error) from error
         if not found:
@@ -274,7 +270,7 @@ class WriteProtectTracker:
         if not len(known):
             return EMPTY
         try:
-            there = resident(self._file, int(known[-1, 1]), int(known[0, 0]))
+            there = self._content.resident(int(known[-1, 1]), int(known[0, 0]))
         except OSError as error:
             raise VirtualMachineError(f"{self.name}: cannot look for holes: {error.strerror}") from error
         return subtract(known, there)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from base.errors import VirtualMachineError
 from capture.choice import Choice, Facts, Wanted, choose
 from capture.journal import Journal
 from capture.trackers import ScanTracker, Tracker, WriteProtectTracker
+from vm.content import Place
 from vm.identity import Identity
 from vm.userfaultfd import Userfaultfd
 
@@ -28,21 +28,21 @@ class Tracking:
     resources: ExitStack
     descriptor: Userfaultfd | None = None
 
-    def follow(self, name: str, file: Path) -> Tracker:
+    def follow(self, name: str, place: Place) -> Tracker:
         """The tracker of a region, made if there is none yet: main memory's is made when somebody wants it captured.
 
         A new one is armed by its first collection, which finds everything unknown. Raises StorageError,
         VirtualMachineError.
         """
         if name not in self.trackers:
-            self.trackers[name] = self._tracker(name, file)
+            self.trackers[name] = self._tracker(name, place)
         return self.trackers[name]
 
-    def _tracker(self, name: str, file: Path) -> Tracker:
+    def _tracker(self, name: str, place: Place) -> Tracker:
         if self.descriptor is None:
             return ScanTracker()
         choice, label = self.choice, f"VM {self.vm}: region {name}"
-        made = WriteProtectTracker(label, file, self.descriptor, direct_io=choice.direct_io, discards=choice.discards)
+        made = WriteProtectTracker(label, place, self.descriptor, direct_io=choice.direct_io, discards=choice.discards)
         self.resources.callback(made.close)
         return made
 
@@ -54,7 +54,7 @@ class Tracking:
 def start_tracking(
     vm: str,
     qemu: Identity,
-    files: Mapping[str, Path],
+    places: Mapping[str, Place],
     facts: Facts,
     journal: Journal,
     *,
@@ -63,7 +63,7 @@ def start_tracking(
     known: Collection[str] | None = None,
     restored: str | None = None,
 ) -> Tracking:
-    """Choose trackers for the regions in `files` (name to backing file) and begin.
+    """Choose trackers for the regions in `places` and begin.
 
     Where the journal names a baseline that is `known` to exist still (None: all of them), an earlier supervisor's
     tracking goes on. Others are armed anew: at once, or, where disks read with O_DIRECT and the guest may
@@ -75,19 +75,19 @@ def start_tracking(
     choice = choose(facts, wanted)
     if choice.kind == "userfaultfd":
         try:
-            return _follow(vm, qemu, files, choice, journal, running, known, restored)
+            return _follow(vm, qemu, places, choice, journal, running, known, restored)
         except VirtualMachineError as error:
             if wanted == "userfaultfd":
                 raise
             choice = replace(choice, kind="scan", reason=str(error))
-    scanners: dict[str, Tracker] = {name: ScanTracker() for name in files}
+    scanners: dict[str, Tracker] = {name: ScanTracker() for name in places}
     return Tracking(vm, choice, scanners, ExitStack())
 
 
 def _follow(
     vm: str,
     qemu: Identity,
-    files: Mapping[str, Path],
+    places: Mapping[str, Place],
     choice: Choice,
     journal: Journal,
     running: bool,
@@ -97,10 +97,10 @@ def _follow(
     with ExitStack() as resources:
         descriptor = resources.enter_context(Userfaultfd.of(qemu.pid))
         tracking = Tracking(vm, choice, {}, resources, descriptor)
-        kept_up = [name for name in files if journal.baseline(name) and (known is None or name in known)]
-        anew = [name for name in files if restored is not None or name not in kept_up]
-        for name, file in files.items():
-            tracker = tracking.follow(name, file)
+        kept_up = [name for name in places if journal.baseline(name) and (known is None or name in known)]
+        anew = [name for name in places if restored is not None or name not in kept_up]
+        for name, place in places.items():
+            tracker = tracking.follow(name, place)
             if name not in anew:
                 tracker.take_over()
         if anew and not (running and choice.direct_io):

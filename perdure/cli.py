@@ -304,7 +304,11 @@ def _vm_verbs(verb: _Verb) -> None:
     snapshot = verb("snapshot", "vm:snapshot", "make a generation of a running VM")
     snapshot.add_argument("vm", metavar="VM")
     snapshot.add_argument("--tag", metavar="T", action="append", default=[])
-    snapshot.add_argument("--full", action="store_true", help="all memory and the state of the devices, at one instant")
+    which = snapshot.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="all memory and the state of the devices, at one instant")
+    which.add_argument(
+        "--memory", action="store_true", help="main memory, too, without the devices: to look at, not to go on from"
+    )
     snapshot.add_argument(
         "--quiesce", action="store_true", help="with the guest's file systems frozen for the instant, or not at all"
     )

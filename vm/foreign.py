@@ -49,12 +49,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlace:
-    """Where a region lies in QEMU's process: from `start` on. `file` is None where nobody else can share it."""
+    """Where a region lies in QEMU's process: from `start` on. `file` is None where QEMU shares it with nobody; then
+    `anonymous` says whether it is of no file at all."""
 
     region: str
     start: int
     size: int
     file: BackingFile | None
+    anonymous: bool = False
 
 
 def find(vm: str, path: Path, timeout_s: float = GREETING_SECONDS) -> Found:
@@ -127,7 +129,8 @@ def _memory_place(vm: str, pid: int, name: str, start: int, size: int, maps: byt
     if place is None:
         raise VirtualMachineError(f"VM {vm}: QEMU's memory of {name} is not where it says")
     if not place.shared or not place.inode:
-        return MemoryPlace(name, start, size, None)
+        inside = start + size <= place.mapping.end
+        return MemoryPlace(name, start, size, None, anonymous=not place.inode and inside)
     if _offset(place, start):
         raise ConflictError(
             f"VM {vm}: {name} does not begin at the beginning of its backing file: that is not supported"

@@ -63,7 +63,7 @@ def reboot(options: Namespace) -> None:
 def snapshot(options: Namespace) -> None:
     """`perdure snapshot`"""
     output = _output(options)
-    wanted = {"tags": options.tag, "full": options.full, "quiesce": options.quiesce}
+    wanted = {"tags": options.tag, "full": options.full, "memory": options.memory, "quiesce": options.quiesce}
     done = call_supervisor(options.vm, "snapshot", wanted, output)
     output.result(done, lambda: [_snapshot_text(done), *reads_text(done["disks"])])
 

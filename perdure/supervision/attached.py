@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from base.errors import ConflictError, PerdureError, one_line
@@ -26,6 +27,7 @@ from perdure.supervision.preparing import Preparation
 from perdure.supervision.rollback import Rollback, RolledBack
 from perdure.supervision.supervisor import Begin, Ended, Supervisor
 from store.repository import Repository
+from vm.content import Place
 from vm.hold import Cause, Hold
 
 
@@ -134,7 +136,7 @@ class AttachedSupervisor(Supervisor):
     def _salvage(self, machine: Machine) -> Captured | None:
         """Blocking."""
         regions = [replace(each, tracker=ScanTracker(), base=None) for each in machine.captured_regions()]
-        if not regions or any(str(each.path).startswith("/proc/") or not each.path.exists() for each in regions):
+        if not regions or not all(_outlives(each.place) for each in regions):
             return None
         return capture(
             self.repository,
@@ -158,3 +160,8 @@ class AttachedSupervisor(Supervisor):
 
     def _refuse(self, what: str, instead: str) -> NoReturn:
         raise ConflictError(f"VM {self.vm} was not launched by Perdure, and is not {what} by it: {instead}")
+
+
+def _outlives(place: Place) -> bool:
+    """Whether memory is there when QEMU is not: in a file that still has a name."""
+    return isinstance(place, Path) and not place.is_relative_to("/proc") and place.exists()

@@ -28,6 +28,7 @@ from store.repository import Repository
 from vm import actions, disks, foreign, hold, migration, plugged
 from vm.command_line import Platform
 from vm.config import RAM
+from vm.content import Place, ProcessRange
 from vm.firmware import Firmware
 from vm.foreign import Found
 from vm.identity import Identity
@@ -167,18 +168,19 @@ class Attacher:
         again: bool,
     ) -> BorrowedMachine:
         addresses = await monitor.address_map(int(self.description.memory))
-        memory, problems = await self._memory(monitor, addresses, found)
+        memory, private, problems = await self._memory(monitor, addresses, found)
         table, parent = await elsewhere(lambda: self._table(repository, memory, addresses, again=again))
         journal = self.local.journal(qemu.record.identity)
         bases = await elsewhere(lambda: self.local.bases(repository, journal))
         facts = await facts_of(qemu, monitor)
-        files = {name: file.path for name, file in memory.files.items() if name != RAM or name in bases}
+        places: dict[str, Place] = {name: file.path for name, file in memory.files.items()}
+        followed = {name: each for name, each in (places | private).items() if name != RAM or name in bases}
         running = await monitor.query_status() == "running"
         tracking = await elsewhere(
             lambda: start_tracking(
                 self.local.name,
                 qemu.record.identity,
-                files,
+                followed,
                 facts,
                 journal,
                 wanted=self.description.policy.tracker,
@@ -213,10 +215,12 @@ class Attacher:
             measurements=self.local.measurements,
             note_parent=self.local.note_parent,
         )
-        return BorrowedMachine(machine, attachment, problems)
+        return BorrowedMachine(machine, attachment, private, problems)
 
-    async def _memory(self, monitor: Monitor, addresses: AddressMap, found: Found) -> tuple[Memory, tuple[str, ...]]:
-        """What of its memory can be captured, and why there can be no full generation."""
+    async def _memory(
+        self, monitor: Monitor, addresses: AddressMap, found: Found
+    ) -> tuple[Memory, dict[str, ProcessRange], tuple[str, ...]]:
+        """What of its memory lies in files, what in QEMU's process alone, and why there can be no full generation."""
         lying = await foreign.memory_places(monitor, self.description, addresses, found.pid)
         folder = leaving.memory_folder(self.folder)
         try:
@@ -224,14 +228,18 @@ class Attacher:
         except OSError as error:
             raise StorageError.from_os(error, str(folder), "make the folder") from error
         files = {each.region: each.file for each in lying if each.file is not None}
+        private = {each.region: ProcessRange(found.pid, each.start, each.size) for each in lying if each.anonymous}
         for each in lying:
-            if each.file is None and each.region != RAM:
+            if each.region not in (*files, *private) and each.region != RAM:
                 raise ConflictError(
-                    f"VM {self.local.name}: region {each.region} is QEMU's alone: it needs a memory-backend-file with "
-                    "share=on"
+                    f"VM {self.local.name}: region {each.region} is a file that QEMU maps for itself: give its memory "
+                    "back end share=on"
                 )
-        problems = () if RAM in files else ("its main memory is QEMU's alone (no memory-backend-file with share=on)",)
-        return Memory(self.local.name, folder, files), problems
+        if self.wanted.scrubs and private:
+            raise ConflictError(f"VM {self.local.name}: {', '.join(private)} is QEMU's alone: no --scrub")
+        alone = [each.region for each in lying if each.region not in files]
+        problem = f"{', '.join(alone)} is memory of QEMU alone (it needs a memory-backend-file with share=on)"
+        return Memory(self.local.name, folder, files), private, (problem,) if alone else ()
 
     def _table(
         self, repository: Repository, memory: Memory, addresses: AddressMap, *, again: bool

@@ -6,7 +6,7 @@ As perdure.supervision.machine; what a VM that is not ours cannot have is not he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -17,23 +17,31 @@ from perdure.supervision.leaving import Attachment
 from perdure.supervision.machine import Machine
 from vm import bitmaps, hold
 from vm.channel import GuestHandler
+from vm.content import Place, ProcessRange
 
 _QUIT_SECONDS = 10
 
 
 class BorrowedMachine(Machine):
-    """`problems` are why there can be no full generation, whatever QEMU says; `put_back` is whether it was left as it
-    was found."""
+    """`private`: by name, what of its memory is QEMU's alone; `problems` are why there can be no full generation,
+    whatever QEMU says; `put_back` is whether it was left as it was found."""
 
-    __slots__ = ("_runs", "attachment", "problems", "put_back")
+    __slots__ = ("_runs", "attachment", "private", "problems", "put_back")
 
-    def __init__(self, machine: Machine, attachment: Attachment, problems: tuple[str, ...]) -> None:
+    def __init__(
+        self, machine: Machine, attachment: Attachment, private: Mapping[str, ProcessRange], problems: tuple[str, ...]
+    ) -> None:
         for each in fields(Machine):
             setattr(self, each.name, getattr(machine, each.name))
-        self.attachment, self.problems = attachment, problems
+        self.attachment, self.private, self.problems = attachment, private, problems
         self.full_problems = (*problems, *self.full_problems)
         self.put_back = False
         self._runs = True
+
+    def places(self) -> dict[str, tuple[Place, int]]:
+        """Of what can be captured."""
+        mine: dict[str, tuple[Place, int]] = {name: (each, each.size) for name, each in self.private.items()}
+        return {**Machine.places(self), **mine}
 
     def open_channel(self, handler: GuestHandler, say: Callable[[str], None]) -> None:
         """If there is one."""
@@ -126,6 +134,7 @@ class BorrowedMachine(Machine):
             "agent": attachment.agent,
             "reboots": attachment.reboots,
             "scrubs": attachment.scrubs,
+            "memory": {name: "private" if name in self.private else "shared" for name in self.places()},
         }
         return document
 

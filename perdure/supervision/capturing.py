@@ -45,12 +45,14 @@ class Capturing:
         cause: str,
         *,
         full: bool = False,
+        memory: bool = False,
         tags: tuple[str, ...] = (),
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
         quiesce: bool = False,
     ) -> Captured:
-        """A generation of the VM as it runs, or is held; `quiesce`: only with frozen file systems, else by policy."""
+        """A generation of the VM as it runs, or is held. `memory`: with main memory, also if it is not full; `quiesce`:
+        only with frozen file systems, else by policy."""
         supervisor = self._supervisor
         machine = supervisor.machine
         if full:
@@ -58,7 +60,9 @@ class Capturing:
         execution = None
         if supervisor.state != "held":
             execution = self.execution(machine, "require" if quiesce else self._quiesce)
-        return await self.of(machine, cause, execution, full=full, tags=tags, metadata=metadata, progress=progress)
+        return await self.of(
+            machine, cause, execution, full=full, memory=memory, tags=tags, metadata=metadata, progress=progress
+        )
 
     async def tried(self, machine: Machine, cause: str) -> Captured | None:
         """Of a held VM. A failed capture must not keep a guest down: what it would have kept is still in memory."""
@@ -92,6 +96,7 @@ class Capturing:
         execution: Execution | None,
         *,
         full: bool = False,
+        memory: bool = False,
         tags: tuple[str, ...] = (),
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
@@ -99,7 +104,7 @@ class Capturing:
         """A generation of a machine, which stands still already if `execution` is None. Raises what capture raises."""
         supervisor = self._supervisor
         await lazily.whole(machine, supervisor.say)
-        regions = await supervisor.in_store(lambda: machine.captured_regions(full=full))
+        regions = await supervisor.in_store(lambda: machine.captured_regions(full=full, memory=memory))
         disks = await DiskInstant.plan(machine, full=full)
         facts = {**machine.metadata(full=full), **(metadata or {})}
 

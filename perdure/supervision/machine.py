@@ -32,6 +32,7 @@ from vm.addresses import AddressMap
 from vm.channel import GuestChannel, GuestHandler
 from vm.command_line import Platform, devices_of
 from vm.config import DISK_PREFIX, RAM, Description
+from vm.content import Place
 from vm.memory import Memory
 from vm.monitor import Events, Monitor
 from vm.networks import changed
@@ -192,20 +193,25 @@ class Machine:
     def _base_is_full(self, region: str) -> bool:
         return region in self.bases and self.bases[region].full
 
-    def captured_regions(self, *, full: bool = False) -> list[CapturedRegion]:
+    def places(self) -> dict[str, tuple[Place, int]]:
+        """Where the bytes of main memory and each region are, and how many."""
+        return {name: (file.path, file.size) for name, file in self.memory.files.items()}
+
+    def captured_regions(self, *, full: bool = False, memory: bool = False) -> list[CapturedRegion]:
         """The regions as they are to be captured now. Raises StorageError, VirtualMachineError.
 
-        The tracker of main memory is made for the first full generation: VMs that have none pay nothing for it.
+        `memory`: main memory is among them, also where they are not for a full generation. Its tracker is made for the
+        first one: VMs that have none pay nothing for it.
         """
         regions = self.table.regions
         found = []
-        for name, file in self.memory.files.items():
-            if name == RAM and not full:
+        for name, (place, size) in self.places().items():
+            if name == RAM and not (full or memory):
                 continue
-            kept = ranges.EMPTY if name == RAM else regions.kept(name)
-            tracker = self.tracking.follow(name, file.path)
+            kept = ranges.normalise([(0, size)]) if name == RAM else regions.kept(name)
+            tracker = self.tracking.follow(name, place)
             kind = "ram" if name == RAM else "pmem"
-            found.append(CapturedRegion(name, kind, file.path, file.size, kept, tracker, self.bases.get(name)))
+            found.append(CapturedRegion(name, kind, place, size, kept, tracker, self.bases.get(name)))
         return found
 
     def find_disk_bases(self, repository: Repository) -> None:
@@ -288,7 +294,7 @@ class Machine:
                 for device in regions.devices
             },
             "console": str(self.qemu.folder.console),
-            "pages": {name: file.size // PAGE for name, file in self.memory.files.items()},
+            "pages": {name: size // PAGE for name, (_, size) in self.places().items()},
         }
 
     async def device_state(self) -> int:

@@ -141,9 +141,11 @@ class Requests:
 
     async def _snapshot(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         tags = tuple(str(each) for each in arguments.get("tags", ()))
-        full = bool(arguments.get("full"))
+        full, memory = bool(arguments.get("full")), bool(arguments.get("memory"))
         quiesce = bool(arguments.get("quiesce"))
-        done = await self._supervisor.snapshot("snapshot", full=full, tags=tags, progress=progress, quiesce=quiesce)
+        done = await self._supervisor.snapshot(
+            "snapshot", full=full, memory=memory, tags=tags, progress=progress, quiesce=quiesce
+        )
         return documents.made(done.generation, done.seconds, done.forgotten)
 
     async def _rollback(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:

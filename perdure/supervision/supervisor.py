@@ -146,20 +146,22 @@ class Supervisor:
         cause: str,
         *,
         full: bool = False,
+        memory: bool = False,
         tags: tuple[str, ...] = (),
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
         quiesce: bool = False,
     ) -> Captured:
-        """A generation of the running VM; `quiesce`: only with frozen file systems, else by policy. Raises what
-        capture raises, and ConflictError where a full one cannot be had; the guest runs on in any case."""
+        """A generation of the running VM. `memory`: with main memory, also if it is not full; `quiesce`: only with
+        frozen file systems, else by policy. Raises what capture raises, and ConflictError where a full one cannot be
+        had; the guest runs on in any case."""
         async with self.operation:
             if full and self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
             if quiesce and self.state == "held":
                 raise ConflictError(f"VM {self.vm} is held: its file systems can be frozen when it runs")
             return await self.capturing.running(
-                cause, full=full, tags=tags, metadata=metadata, progress=progress, quiesce=quiesce
+                cause, full=full, memory=memory, tags=tags, metadata=metadata, progress=progress, quiesce=quiesce
             )
 
     @property

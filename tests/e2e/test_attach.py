@@ -20,7 +20,7 @@ import pytest
 from supervised import MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
 from test_disks import WRITERS, image, methods
 from test_full import ORDINARY, different_pages, export, goes_on
-from test_survival import IN_GUEST, await_boot, content, go_down, write
+from test_survival import FIRMWARE, IN_GUEST, await_boot, content, go_down, write
 
 from vm.protocol import PORT_NAME
 
@@ -178,7 +178,6 @@ def test_a_vm_of_somebody_else_is_captured_followed_and_left(theirs: Theirs) -> 
     run.process.send_signal(signal.SIGTERM)
     assert run.ended() == 130
     theirs.left_alone()
-    theirs.reboots_by_itself()
     assert "perdure attach" in theirs.refused("run", theirs.folder / "VM.toml")
     assert "perdure attach" in theirs.refused("snapshot", NAME)
     run = theirs.attach()
@@ -273,3 +272,52 @@ def compared(vm: Theirs, *names: str) -> bool:
     """Whether qemu-img finds two raw images equal."""
     words = ["qemu-img", "compare", "-f", "raw", "-F", "raw", *(str(vm.folder / name) for name in names)]
     return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
+def test_memory_that_is_qemus_alone_is_captured_too(guest_image: Image) -> None:
+    """No file has it: it is followed where it lies in QEMU, and read out of there."""
+    with contextlib.closing(Theirs(guest_image, shared=False)) as vm:
+        vm.launch()
+        run = vm.attach()
+        run.look()
+        assert "memory-backend-file with share=on" in run.text
+        assert "share=on" in vm.refused("snapshot", NAME, "--full")
+        area = write(vm, "kept", 1)
+        vm.guest.run(ORDINARY)
+        first = judged_memory(vm)
+        vm.guest.run("change([3, 5], 700)")
+        assert vm.judged()["dirty_bytes"] == 2 * PAGE
+        vm.guest.run("change([7], 800)")
+        second = judged_memory(vm)
+        assert 2 * PAGE <= second["dirty_bytes"] < first["dirty_bytes"] / 2
+        status = vm.status()
+        assert status["tracker"].startswith("userfaultfd")
+        assert vm.userfaultfds == 1
+        assert status["attached"]["memory"] == {"ram": "private", "pm0": "private"}
+
+        run.kill()
+        vm.guest.run("change([9], 900)")
+        run = vm.attach()
+        assert vm.baseline_of("ram") == second["id"]  # it is known what was written since
+        vm.judged()
+        vm.perdure("detach", NAME)
+        assert run.ended() == 0
+        assert vm.userfaultfds == 0
+        vm.left_alone()
+        assert area.of(export(vm, vm.log()[-1]["generation"], "pm0"))[9 * PAGE : 10 * PAGE] == content(909, PAGE)
+
+
+def judged_memory(vm: Theirs) -> Any:
+    """A generation with all memory of a guest that the judge has stopped; it is what pmemsave has."""
+    vm.judge.execute("stop")
+    with vm.memory() as there:
+        made = vm.perdure("snapshot", NAME, "--memory")
+        assert not made["full"]
+        for region, memory in there.items():
+            assert [
+                page
+                for page in different_pages(export(vm, made["generation"], region), memory)
+                if region != "ram" or page not in FIRMWARE
+            ] == [], region
+    vm.judge.execute("cont")
+    return made

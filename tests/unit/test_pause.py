@@ -62,9 +62,9 @@ def test_a_scan_hashes_nothing_while_the_guest_stands_still(where, tmp_path, mon
     with where.open() as repository:
         replace = type(repository.writer("other")).replace
 
-        def replaced(*arguments):
+        def replaced(*arguments, **more):
             assert guest.running
-            return replace(*arguments)
+            return replace(*arguments, **more)
 
         monkeypatch.setattr("store.writer.GenerationWriter.replace", replaced)
         for _ in range(3):
