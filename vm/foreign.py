@@ -196,15 +196,15 @@ async def _memories(monitor: Monitor, description: Description) -> dict[str, str
         )
     memories = {main: RAM}
     modules = [each["data"] for each in await monitor.execute("query-memory-devices") if each["type"] == "nvdimm"]
-    for region in description.regions:
+    named = [each for each in description.regions if any(_is_called(module, each.name) for module in modules)]
+    for region in (*named, *(each for each in description.regions if each not in named)):
         memories[_module_of(vm, region.name, int(region.size), modules)] = region.name
     return memories
 
 
 def _module_of(vm: str, name: str, size: int, modules: list[dict[str, Any]]) -> str:
     """Id of the memory back end of a region; it is taken out of `modules`."""
-    ids = (name, f"nvdimm-{name}")
-    chosen = [each for each in modules if _memory_id(each) == name or each.get("id") in ids]
+    chosen = [each for each in modules if _is_called(each, name)]
     chosen = chosen or [each for each in modules if int(each["size"]) == size]
     if len(chosen) != 1 or int(chosen[0]["size"]) != size:
         there = ", ".join(f"{_memory_id(each)} ({format_size(int(each['size']))})" for each in modules) or "none"
@@ -215,6 +215,10 @@ def _module_of(vm: str, name: str, size: int, modules: list[dict[str, Any]]) -> 
         )
     modules.remove(chosen[0])
     return _memory_id(chosen[0])
+
+
+def _is_called(module: Mapping[str, Any], name: str) -> bool:
+    return _memory_id(module) == name or module.get("id") in (name, f"nvdimm-{name}")
 
 
 def _memory_id(module: Mapping[str, Any]) -> str:

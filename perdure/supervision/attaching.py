@@ -118,6 +118,11 @@ class Attacher:
                 raise ConflictError(
                     f"VM {vm} runs in another QEMU than that (process {earlier.pid}), and is not stopped"
                 )
+        if any(self.local.memory_folders()):
+            raise ConflictError(
+                f"VM {vm}: a QEMU that perdure run had launched has left memory in {self.folder.path}: perdure run "
+                "captures it, or drops it with --discard"
+            )
         self._link(self.folder.monitor, self.wanted.socket)
         self._link(self.folder.agent, self.wanted.agent)
         if earlier is not None:

@@ -65,6 +65,10 @@ def attachment_of(record: Record) -> Attachment | None:
 def forget(folder: RuntimeFolder) -> None:
     """Blocking: remove what is left of a VM's runtime folder after it was detached, or has ended."""
     memory = memory_folder(folder)
+    if not memory.exists() and not folder.monitor.is_symlink():  # nothing of an attached VM is in it
+        with suppress(OSError):
+            folder.path.rmdir()
+        return
     with suppress(OSError):
         for path in (folder.monitor, folder.agent, folder.process, _note(folder), *folder.path.glob("journal.json")):
             path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from base.errors import RepositoryMissingError, UsageError
+from base.errors import LockedError, RepositoryMissingError, UsageError
 from base.progress import Progress
 from perdure import places
 from perdure.opening import opened
@@ -31,6 +31,7 @@ from store.records import Generation
 from store.repository import Repository
 from vm.config import Description, load
 from vm.folder import RuntimeFolder
+from vm.qemu import Qemu
 
 
 def run_vm(options: Namespace, output: Output) -> int:
@@ -76,14 +77,31 @@ def attach_vm(options: Namespace, output: Output) -> int:
             supervisor = AttachedSupervisor(Preparation(local), repository, say, speaker.progress, wanted)
             return await supervisor.run(begin)
 
-        ended = asyncio.run(supervise())
+        try:
+            ended = asyncio.run(supervise())
+        except LockedError:  # another supervisor has it
+            raise
+        except BaseException:
+            _forget_ended(local)
+            raise
     if ended.forgotten:
         leaving.forget(local.folder)
+    else:
+        _forget_ended(local)
     output.result(
         {"vm": local.name, "ended": ended.reason, "running": ended.detached, "generation": ended.generation},
         lambda: [f"{local.name}: {ended.reason}"],
     )
     return 130 if ended.interrupted else 1 if ended.failed else 0
+
+
+def _forget_ended(local: Local) -> None:
+    """Remove the runtime folder of a VM that does not run, or was not attached after all."""
+    found = Qemu.find(local.folder)
+    if found is None:
+        leaving.forget(local.folder)
+    else:
+        found.close()
 
 
 def _say_damage(repository: Repository, say: Callable[[str], None]) -> None:

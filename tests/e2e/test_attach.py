@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -306,6 +307,17 @@ def test_memory_that_is_qemus_alone_is_captured_too(guest_image: Image) -> None:
         vm.left_alone()
         assert area.of(export(vm, vm.log()[-1]["generation"], "pm0"))[9 * PAGE : 10 * PAGE] == content(909, PAGE)
 
+        run = vm.attach()
+        vm.guest.run("change([11], 110)")
+        go_down(vm, "poweroff")
+        run.expect("the guest shut down")
+        assert run.ended() == 0
+        assert vm.qemu is not None and vm.qemu.wait(SECONDS) == 0  # as it does without us
+        latest = vm.log()[-1]
+        assert latest["cause"] == "shutdown"
+        assert area.of(export(vm, latest["generation"], "pm0"))[11 * PAGE : 12 * PAGE] == content(121, PAGE)
+        assert not vm.runtime.exists()
+
 
 def judged_memory(vm: Theirs) -> Any:
     """A generation with all memory of a guest that the judge has stopped; it is what pmemsave has."""
@@ -321,3 +333,51 @@ def judged_memory(vm: Theirs) -> Any:
             ] == [], region
     vm.judge.execute("cont")
     return made
+
+
+def test_what_is_not_as_described_or_not_free_is_refused_and_left_alone(guest_image: Image) -> None:
+    """Of a QEMU whose guest has not begun."""
+    with contextlib.closing(Theirs(guest_image)) as vm:
+        vm.qemu = subprocess.Popen([*vm.arguments(), "-S", "-no-shutdown"], stdin=subprocess.DEVNULL, cwd=vm.folder)
+        vm.until(lambda: all((vm.folder / name).exists() for name in (QMP, judge.SOCKET)), "its sockets")
+        described = (vm.folder / "VM.toml").read_text()
+
+        def refused(change: tuple[str, str], why: str, *words: str) -> None:
+            (vm.folder / "VM.toml").write_text(described.replace(*change))
+            run = vm.attaching(*words)
+            assert run.ended() == 1
+            assert why in run.text and run.text.count("\n") == 1, run.text
+            assert not vm.runtime.exists()
+            assert vm.judge.execute("query-status")["status"] == "prelaunch"
+
+        refused((f"memory = {MEMORY}", f"memory = {MEMORY // 2}"), "256.0 MiB of main memory")
+        refused(('name = "pm0"\nsize = ' + str(REGION), f'name = "other"\nsize = {REGION * 2}'), "pm0 (32.0 MiB)")
+        (vm.folder / "nowhere").touch()
+        refused(("[[region]]", '[[disk]]\nname = "d"\nfile = "nowhere"\n[[region]]'), "QEMU has no disk of the file")
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(str(vm.folder / QMP))
+            assert other.recv(9) == b'{"QMP": {'  # it serves this one
+            refused(("", ""), "one client at a time")
+
+        (vm.folder / "VM.toml").write_text(described)
+        with socket.socket(socket.AF_UNIX) as other:  # somebody who would take a held reboot for a shutdown
+            other.connect(str(vm.folder / judge.SOCKET))
+            assert other.recv(9) == b'{"QMP": {'
+            run = vm.attach()
+            assert "reboots are not held" in run.text
+            assert vm.status()["attached"]["reboots"] == "pass"
+            assert "not held" in vm.refused("reboot", NAME)
+            (vm.folder / "VM.toml").write_text(described.replace(f'name = "{NAME}"', 'name = "second"'))
+            second = vm.attaching()
+            assert second.ended() == 1
+            assert "one client at a time" in second.text
+            run.process.send_signal(signal.SIGINT)
+            assert run.ended() == 130
+        second = vm.attaching()
+        assert second.ended() == 1
+        assert f"is attached as VM {NAME}" in second.text
+        (vm.folder / "VM.toml").write_text(described)
+        run = vm.attach("--reboots", "hold", "--scrub")
+        vm.perdure("detach", NAME)
+        assert run.ended() == 0
+        assert vm.judge.execute("query-status")["status"] == "prelaunch"
