@@ -86,17 +86,17 @@ class Background:
                 return True
             if self._ahead < _PLAN_AHEAD and self._plan_next(_PLAN_BATCH_EARLY):
                 return True
-            return self._locate_some()
+            return self._locate_some(_PLAN_BATCH_EARLY)
         except UNREADABLE:
             self.begin()
             return False
 
-    def _locate_some(self) -> bool:
+    def _locate_some(self, batch: int) -> bool:
         """Look up where the next planned windows are; False if that is known of all."""
         for served in self._regions:
             windows = [each for each in served.plan.windows.values() if not each.located]
             if windows:
-                served.plan.locate(*windows[:_PLAN_BATCH_EARLY])
+                served.plan.locate(*windows[:batch])
                 return True
         return False
 
@@ -127,6 +127,8 @@ class Background:
                 self._filling = None
             return True
         if self._ahead < _PLAN_AHEAD and self._plan_next(_PLAN_BATCH):
+            return True
+        if self._locate_some(_PLAN_BATCH):
             return True
         if self._planned:
             self._filling = self.fill_window(*self._planned.popleft())

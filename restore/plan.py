@@ -1,10 +1,10 @@
 """Where each page of a region comes from: the page map as arrays, window by window, only as far as it is wanted.
 
 A window is 1024 pages (4 MiB). Planning one is a walk to the 32 lowest nodes, which gives the ids of its pages. Where
-they are stored is looked up when that is wanted: for a page that somebody waits for by its id alone, since the frame
-that it is in says by its own ids which other pages of the window it holds; for a whole window when all of it is to be
-placed. (Looking everything up ahead took three quarters of planning, 0.4 s for 2 GiB.) The nodes above are kept, at
-most 8 MiB of them, and a window is given up when nothing of it is left to place, so that memory follows what is planned
+they are stored is looked up after that, for a window that somebody waits for at once, for the rest in batches: looking
+up is most of planning (0.3 of 0.4 s for 2 GiB). Of a few known pages it is looked up by their ids alone, since the
+frame that one is in says by its own ids which other pages of the window it holds. The nodes above are kept, at most
+8 MiB of them, and a window is given up when nothing of it is left to place, so that memory follows what is planned
 ahead and never the region. Belongs to one thread.
 """
 
@@ -28,8 +28,6 @@ from store.records import Region
 WINDOW = 1024
 _KEPT_NODES = 8192
 _EXPECTED_PACKS = 16
-_NEAR = 256
-"""Pages that are looked up together when somebody waits for one of them: of so many, half as dear as a window."""
 _FORESEEN = 128
 """Of so many pages one says in which pack they are likely to be."""
 
@@ -41,12 +39,9 @@ class Window:
 
     numbers: NDArray[np.int64]
     ids: NDArray[np.uint8]
-    locations: NDArray[np.void] = field(init=False)
-    frames: NDArray[np.uint64] = field(init=False)
+    locations: NDArray[np.void] = field(default_factory=lambda: np.empty(0, LOCATION))
+    frames: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     located: bool = False
-
-    def __post_init__(self) -> None:
-        self.locations, self.frames = np.zeros(len(self.ids), LOCATION), np.empty(0, np.uint64)
 
     def find(self, page: int) -> int:
         """Its place in the arrays; -1 if the page is zero."""
@@ -64,11 +59,15 @@ class Window:
     def held_by(self, frame: Frame) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Members whose content is in an opened frame, ascending, and their slots there (m,): those whose ids are
         there."""
-        keys, mine = _prefixes(frame.ids), _prefixes(self.ids)
-        order = np.argsort(keys)
-        slots = order[np.minimum(np.searchsorted(keys, mine, sorter=order), len(keys) - 1)]
-        members = np.flatnonzero(keys[slots] == mine)
-        slots = slots[members]
+        if self.located:
+            members = np.flatnonzero(self.frames == np.uint64(frame.pack << 32 | frame.number))
+            slots = np.minimum(self.locations["slot"][members].astype(np.intp), len(frame.ids) - 1)
+        else:
+            keys, mine = _prefixes(frame.ids), _prefixes(self.ids)
+            order = np.argsort(keys)
+            slots = order[np.minimum(np.searchsorted(keys, mine, sorter=order), len(keys) - 1)]
+            members = np.flatnonzero(keys[slots] == mine)
+            slots = slots[members]
         same = (frame.ids[slots] == self.ids[members]).all(axis=1)
         return (members, slots) if same.all() else (members[same], slots[same])
 
@@ -102,8 +101,6 @@ class RegionPlan:
         """Windows of which nothing is left to place: what of them is not claimed is zero."""
         self._nodes, self._stored, self._frames = _KeptNodes(nodes), nodes, frames
         self._expected = {0}
-        if region.root.id != pagemap.ZERO_ID:  # most of its nodes are in one pack
-            self._expect(nodes.locate(np.frombuffer(region.root.id, np.uint8).reshape(1, -1)))
 
     @property
     def count(self) -> int:
@@ -147,12 +144,6 @@ class RegionPlan:
         if some:
             self._expect(self._stored.locate(np.concatenate(some)))
 
-    def _locate_near(self, window: Window, at: int) -> None:
-        """Look up where a member is, and its neighbours, which come next and cost little more."""
-        if not window.located and not window.locations["pack"][at]:
-            near = slice(at - at % _NEAR, at - at % _NEAR + _NEAR)
-            window.locations[near] = self._stored.locate(window.ids[near])
-
     def open(self, window: Window, at: int, place: NDArray[np.void] | None = None) -> tuple[Frame, int]:
         """The frame that holds a member of a window, and the slot where it is; `place` LOCATION (1,), if that is known.
 
@@ -160,7 +151,7 @@ class RegionPlan:
         """
         wanted = window.ids[at : at + 1]
         if place is None:
-            self._locate_near(window, at)
+            self.locate(window)  # others wait for pages of it soon; a few of its pages would be half as dear
             place = window.locations[at : at + 1]
         for _ in range(LOOKS):
             try:
@@ -169,7 +160,6 @@ class RegionPlan:
                         "page map", "it needs a chunk that is in no pack", chunk=bytes(wanted[0]).hex()
                     )
                 pack, number = int(place["pack"][0]), int(place["frame"][0])
-                self._expect(place)
                 found = self._frames.frame(pack, number, cache=False)
                 self._frames.proven(pack, number, found, place["slot"], wanted)
                 return Frame(pack, number, *found), int(place["slot"][0])
@@ -178,9 +168,9 @@ class RegionPlan:
                 again = self._stored.located_anew(wanted, place)
                 if again is None:
                     raise
-                place = window.locations[at : at + 1] = again
+                place = again
                 if window.located:
-                    window.frames[at : at + 1] = _frames(again)
+                    window.locations[at : at + 1], window.frames[at : at + 1] = again, _frames(again)
         raise failure
 
     def places(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
