@@ -73,6 +73,7 @@ def test_generations_are_what_memory_was_whatever_was_stored_ahead(vm: Supervise
     vm.run.kill()  # bits were cleared, and what was stored ahead is gone with it
     assert vm.baseline is None
     vm.boot()
+    vm.perdure("rollback", f"{NAME}@1", "--dry-run")  # waits for the take-over, which lets a stopped guest go on
     vm.guest.run(BURST)
     judged(vm)
     vm.guest.run(BURST)
