@@ -2,7 +2,8 @@
 
 An extents array has dtype int64 and shape (n, 2): rows [start, end), in bytes, sorted, not empty, not
 touching each other. Functions take arrays in this form and give them in this form; `normalise` makes one
-from anything. Work is done by sorting and cumulative sums, never in a loop over rows.
+from anything. Work is done by sorting and cumulative sums, never in a loop over rows; but for `pieces`, of which each
+row is read then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,23 @@ def from_numbers(units: NDArray[np.uint64], unit: int) -> Extents:
     first = np.concatenate([[0], breaks + 1])
     last = np.concatenate([breaks, [len(signed) - 1]])
     return np.stack([signed[first] * unit, (signed[last] + 1) * unit], axis=1)
+
+
+def pieces(extents: Extents, size: int) -> Iterator[Extents]:
+    """Cut ranges into sets of at most `size` bytes, in order."""
+    rows: list[tuple[int, int]] = []
+    room = size
+    for start, end in extents.tolist():
+        while start < end:
+            stop = min(end, start + room)
+            rows.append((start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield normalise(rows)
+                rows, room = [], size
+    if rows:
+        yield normalise(rows)
 
 
 def resident(descriptor: int, size: int, start: int = 0) -> Extents:

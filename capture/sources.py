@@ -5,8 +5,8 @@ Belongs to the thread of the writer.
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,14 +110,13 @@ class Source:
         present = self.present_of(extents)
         writer.clear(self.draft, ranges.subtract(extents, present))
         done, total = 0, ranges.total(present)
-        for window in _windows(present):
+        for window in ranges.pieces(present, _WINDOW):
             descriptor = os.memfd_create(f"perdure {self.region.name}", os.MFD_CLOEXEC)
             try:
                 os.ftruncate(descriptor, self.region.length)
-                for start, end in window.tolist():
-                    data = bytearray(end - start)
-                    self.memory.read_into(memoryview(data), start)
-                    os.pwrite(descriptor, data, start)
+                with mmap.mmap(descriptor, self.region.length) as copy, memoryview(copy) as view:
+                    for start, end in window.tolist():
+                        self.memory.read_into(view[start:end], start)
                 writer.replace(self.draft, descriptor, window, here=here)
             finally:
                 os.close(descriptor)
@@ -151,23 +150,6 @@ class Source:
     def resident_bytes(self) -> int:
         """Bytes of `present`."""
         return ranges.total(self.present)
-
-
-def _windows(extents: Extents) -> Iterator[Extents]:
-    """Ranges in order, cut into sets of a limited size."""
-    rows: list[tuple[int, int]] = []
-    room = _WINDOW
-    for start, end in extents.tolist():
-        while start < end:
-            stop = min(end, start + room)
-            rows.append((start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield ranges.normalise(rows)
-                rows, room = [], _WINDOW
-    if rows:
-        yield ranges.normalise(rows)
 
 
 def content_of(generation: Generation, name: str) -> Extents:

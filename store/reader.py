@@ -238,7 +238,7 @@ class GenerationReader:
                 pagemap.leaves(root, self._repository.nodes, start // size, int(window[0, 1]) // size)
             )
             unseen = np.ones(len(numbers), np.bool_)
-            for piece in _pieces(ranges.intersect(present, window), max(size, _VERIFY_BYTES)):
+            for piece in ranges.pieces(ranges.intersect(present, window), max(size, _VERIFY_BYTES)):
                 buffer = np.empty(ranges.total(piece), np.uint8)
                 read_extents(descriptor, piece, buffer)
                 found = chunk_ids(buffer.reshape(-1, size), key)
@@ -367,20 +367,3 @@ def _collect(
     if not both:
         return np.empty(0, np.uint64), np.empty((0, 32), np.uint8)
     return np.concatenate([each[0] for each in both]), np.concatenate([each[1] for each in both])
-
-
-def _pieces(extents: Extents, size: int) -> Iterator[Extents]:
-    """Cut ranges into sets of at most `size` bytes."""
-    waiting: list[tuple[int, int]] = []
-    room = size
-    for start, end in extents.tolist():
-        while start < end:
-            stop = min(end, start + room)
-            waiting.append((start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield ranges.normalise(waiting)
-                waiting, room = [], size
-    if waiting:
-        yield ranges.normalise(waiting)

@@ -6,7 +6,7 @@ to. Pure functions. Source: qemu(1), -action, -no-reboot, -no-shutdown; QEMU, qa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,7 @@ HELD = {"reboot": "shutdown", "shutdown": "pause", "panic": "pause"}
 def of(arguments: Sequence[str]) -> dict[str, str]:
     """The actions of a QEMU with these arguments."""
     found = dict(_DEFAULT)
-    for option, value in pairwise([*arguments, ""]):
-        name = option.removeprefix("-").removeprefix("-") if option.startswith("-") else ""
+    for name, value in _options(arguments):
         if name == "no-reboot":
             found["reboot"] = "shutdown"
         elif name == "no-shutdown":
@@ -33,8 +32,7 @@ def of(arguments: Sequence[str]) -> dict[str, str]:
 def listeners(arguments: Sequence[str], chardevs: Iterable[Mapping[str, Any]]) -> int:
     """How many programs hear QEMU's events at this moment, whoever asks included. `chardevs`: `query-chardev`."""
     controls, compatible = set(), 0
-    for option, value in pairwise([*arguments, ""]):
-        name = option.removeprefix("-").removeprefix("-") if option.startswith("-") else ""
+    for name, value in _options(arguments):
         if name in ("monitor", "qmp", "qmp-pretty"):
             if name != "monitor":
                 controls.add(f"compat_monitor{compatible}")
@@ -46,3 +44,10 @@ def listeners(arguments: Sequence[str], chardevs: Iterable[Mapping[str, Any]]) -
     return sum(
         str(each["label"]) in controls and not str(each["filename"]).startswith("disconnected:") for each in chardevs
     )
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names of options, which begin with one hyphen or two, and the argument after each."""
+    for option, value in pairwise([*arguments, ""]):
+        if option.startswith("-"):
+            yield option.removeprefix("-").removeprefix("-"), value

@@ -36,12 +36,8 @@ from pathlib import Path
 
 from base.errors import VirtualMachineError
 
-_SYS_CLOSE, _SYS_IOCTL, _SYS_USERFAULTFD, _SYS_PIDFD_GETFD = (
-    3,
-    16,
-    323,
-    438,
-)  # x86-64; pidfd_getfd has one number everywhere
+_SYS_CLOSE, _SYS_IOCTL, _SYS_USERFAULTFD = 3, 16, 323  # x86-64
+_SYS_PIDFD_GETFD = 438  # everywhere
 _USERFAULTFD_IOC_NEW = 0xAA00
 _USER_MODE_ONLY = 1
 

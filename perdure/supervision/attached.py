@@ -87,15 +87,9 @@ class AttachedSupervisor(Supervisor):
         machine = await self.attacher.attach(self.repository, self.in_store)
         self._guard = Guard(self.local.folder)
         await self.follow(machine)
-        for warning in machine.warnings:
-            self.say(f"warning: {warning}")
-        choice = machine.tracking.choice
-        self.say(
-            f"{self.vm} attached (pid {machine.pid}, QEMU {machine.platform.version}, {machine.platform.accelerator})"
-        )
-        for problem in machine.full_problems:
-            self.say(f"{self.vm} cannot be captured in full: {problem}")
-        self.say(f"{self.vm} tracker: {choice.kind} ({choice.reason})")
+        platform = machine.platform
+        how = f"attached (pid {machine.pid}, QEMU {platform.version}, {platform.accelerator})"
+        self.introduce(machine, machine.warnings, how)
         await settle_bitmaps(machine)
         waiting = await machine.pending_hold()
         if waiting is not None:

@@ -279,8 +279,8 @@ class Attacher:
 
 async def _platform(monitor: Monitor, found: Found, devices: tuple[str, ...]) -> Platform:
     """What QEMU was launched with."""
-    version = (await monitor.execute("query-version"))["qemu"]
-    package = str((await monitor.execute("query-version"))["package"])
+    said = await monitor.execute("query-version")
+    version, package = said["qemu"], str(said["package"])
     machine = str(await monitor.execute("qom-get", path="/machine", property="type")).removesuffix("-machine")
     kvm = bool((await monitor.execute("query-kvm"))["enabled"])
     words = found.arguments

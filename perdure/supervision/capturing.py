@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from base.errors import PerdureError, one_line
+from base.errors import ConflictError, PerdureError, one_line
 from base.progress import Progress
 from capture.disks import reads_of
 from capture.generation import Captured, capture
@@ -29,6 +29,15 @@ _TIDY_SECONDS = 0.2
 """Merging of the index after each capture, beside whatever the guest does."""
 
 
+class Wanted(TypedDict, total=False):
+    """What else may be said of a generation. `memory`: main memory is in it, also if it is not full."""
+
+    memory: bool
+    tags: tuple[str, ...]
+    metadata: dict[str, Any]
+    progress: Progress
+
+
 class Capturing:
     """Of one supervisor's VM. `quiescing` is what its guest answers when it is told to freeze its file systems."""
 
@@ -40,19 +49,24 @@ class Capturing:
         self.quiescing = Quiescing(supervisor.vm, policy.quiesce_seconds)
         self._tidying: asyncio.Task[None] | None = None
 
-    async def running(
-        self,
-        cause: str,
-        *,
-        full: bool = False,
-        memory: bool = False,
-        tags: tuple[str, ...] = (),
-        metadata: dict[str, Any] | None = None,
-        progress: Progress | None = None,
-        quiesce: bool = False,
+    async def snapshot(
+        self, cause: str, *, full: bool = False, quiesce: bool = False, **more: Unpack[Wanted]
     ) -> Captured:
-        """A generation of the VM as it runs, or is held. `memory`: with main memory, also if it is not full; `quiesce`:
-        only with frozen file systems, else by policy."""
+        """A generation of the running VM, or of one that is held; `quiesce`: only with frozen file systems, else by
+        policy. Raises what capture raises, and ConflictError where a full one cannot be had; the guest runs on in any
+        case."""
+        supervisor = self._supervisor
+        async with supervisor.operation:
+            if full and supervisor.state == "held":
+                raise ConflictError(f"VM {supervisor.vm} is held: there can be a full generation when it runs")
+            if quiesce and supervisor.state == "held":
+                raise ConflictError(f"VM {supervisor.vm} is held: its file systems can be frozen when it runs")
+            return await self.as_it_is(cause, full=full, quiesce=quiesce, **more)
+
+    async def as_it_is(
+        self, cause: str, *, full: bool = False, quiesce: bool = False, **more: Unpack[Wanted]
+    ) -> Captured:
+        """The same under the supervisor's lock."""
         supervisor = self._supervisor
         machine = supervisor.machine
         if full:
@@ -60,9 +74,7 @@ class Capturing:
         execution = None
         if supervisor.state != "held":
             execution = self.execution(machine, "require" if quiesce else self._quiesce)
-        return await self.of(
-            machine, cause, execution, full=full, memory=memory, tags=tags, metadata=metadata, progress=progress
-        )
+        return await self.of(machine, cause, execution, full=full, **more)
 
     async def tried(self, machine: Machine, cause: str) -> Captured | None:
         """Of a held VM. A failed capture must not keep a guest down: what it would have kept is still in memory."""
@@ -96,17 +108,16 @@ class Capturing:
         execution: Execution | None,
         *,
         full: bool = False,
-        memory: bool = False,
-        tags: tuple[str, ...] = (),
-        metadata: dict[str, Any] | None = None,
-        progress: Progress | None = None,
+        **more: Unpack[Wanted],
     ) -> Captured:
         """A generation of a machine, which stands still already if `execution` is None. Raises what capture raises."""
         supervisor = self._supervisor
         await lazily.whole(machine, supervisor.say)
-        regions = await supervisor.in_store(lambda: machine.captured_regions(full=full, memory=memory))
+        regions = await supervisor.in_store(
+            lambda: machine.captured_regions(full=full, memory=more.get("memory", False))
+        )
         disks = await DiskInstant.plan(machine, full=full)
-        facts = {**machine.metadata(full=full), **(metadata or {})}
+        facts = {**machine.metadata(full=full), **more.get("metadata", {})}
 
         def work() -> Captured:
             return capture(
@@ -119,12 +130,12 @@ class Capturing:
                 parent=machine.parent,
                 full=full,
                 disks=disks,
-                tags=tags,
+                tags=more.get("tags", ()),
                 metadata=facts,
                 limits=self._limits,
                 pauses=machine.pauses,
                 making=supervisor.draining.take(),
-                progress=progress or supervisor.progress,
+                progress=more.get("progress", supervisor.progress),
             )
 
         filling = supervisor.filling

@@ -82,7 +82,7 @@ class Requests:
         """From the guest: a generation on request, committed when this returns."""
         metadata = {"checkpoint": {"request": request, "name": name}}
         try:
-            done = await self._supervisor.snapshot("checkpoint", metadata=metadata)
+            done = await self._supervisor.capturing.snapshot("checkpoint", metadata=metadata)
         except QuotaError as error:
             self._say(f"checkpoint refused: {one_line(error)}")
             raise RequestRefusedError("limit", "this VM may store no more on its host: its quota is reached") from error
@@ -143,7 +143,7 @@ class Requests:
         tags = tuple(str(each) for each in arguments.get("tags", ()))
         full, memory = bool(arguments.get("full")), bool(arguments.get("memory"))
         quiesce = bool(arguments.get("quiesce"))
-        done = await self._supervisor.snapshot(
+        done = await self._supervisor.capturing.snapshot(
             "snapshot", full=full, memory=memory, tags=tags, progress=progress, quiesce=quiesce
         )
         return documents.made(done.generation, done.seconds, done.forgotten)

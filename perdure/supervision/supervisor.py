@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -141,29 +141,6 @@ class Supervisor:
         """Run blocking work, the repository's above all, in its one thread."""
         return await asyncio.get_running_loop().run_in_executor(self._store, work)
 
-    async def snapshot(
-        self,
-        cause: str,
-        *,
-        full: bool = False,
-        memory: bool = False,
-        tags: tuple[str, ...] = (),
-        metadata: dict[str, Any] | None = None,
-        progress: Progress | None = None,
-        quiesce: bool = False,
-    ) -> Captured:
-        """A generation of the running VM. `memory`: with main memory, also if it is not full; `quiesce`: only with
-        frozen file systems, else by policy. Raises what capture raises, and ConflictError where a full one cannot be
-        had; the guest runs on in any case."""
-        async with self.operation:
-            if full and self.state == "held":
-                raise ConflictError(f"VM {self.vm} is held: there can be a full generation when it runs")
-            if quiesce and self.state == "held":
-                raise ConflictError(f"VM {self.vm} is held: its file systems can be frozen when it runs")
-            return await self.capturing.running(
-                cause, full=full, memory=memory, tags=tags, metadata=metadata, progress=progress, quiesce=quiesce
-            )
-
     @property
     def undisturbed(self) -> bool:
         """Whether the VM runs, and nobody is about to leave it."""
@@ -171,7 +148,7 @@ class Supervisor:
 
     async def _scheduled(self, due: Due) -> None:
         if self._leaving is None:
-            await self.snapshot("schedule", full=due.full and self.state != "held", tags=due.tags)
+            await self.capturing.snapshot("schedule", full=due.full and self.state != "held", tags=due.tags)
 
     async def stop(self, *, keep: bool) -> Ended:
         """End the VM, captured first if `keep`; if that fails the guest runs on."""
@@ -263,9 +240,14 @@ class Supervisor:
         prepared = await self.in_store(lambda: self.preparation.go_on_from(self.repository, prepared))
         machine, prepared = await lazily.launch(self, prepared)
         await self.follow(machine)
-        for warning in prepared.warnings:
+        how = f"started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}"
+        self.introduce(machine, prepared.warnings, how)
+
+    def introduce(self, machine: Machine, warnings: Sequence[str], how: str) -> None:
+        """Say what the user should know of a machine that is new here."""
+        for warning in warnings:
             self.say(f"warning: {warning}")
-        self.say(f"{self.vm} started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}")
+        self.say(f"{self.vm} {how}")
         for problem in machine.full_problems:
             self.say(f"{self.vm} cannot be captured in full: {problem}")
         self.say(f"{self.vm} tracker: {machine.tracking.choice.kind} ({machine.tracking.choice.reason})")
@@ -421,7 +403,7 @@ class Supervisor:
             wanted = number is signal.SIGTERM and self.policy.capture_on_terminate
             if wanted and self._machine is not None:
                 try:
-                    await self.capturing.running("terminate", full=wanted == "full" and self.state != "held")
+                    await self.capturing.as_it_is("terminate", full=wanted == "full" and self.state != "held")
                 except PerdureError as error:
                     self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
             runs = self._machine is not None
