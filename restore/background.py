@@ -63,6 +63,7 @@ class Background:
         self._ranges: Iterator[tuple[Served, int, int]] | None = self._occupied()
         self._range: tuple[Served, int, int] | None = None
         self._planned: deque[tuple[Served, int]] = deque()
+        self._unlocated: deque[tuple[Served, int]] = deque()
         self._filling: Iterator[None] | None = None
 
     def attach(self, placer: Placer) -> None:
@@ -93,12 +94,14 @@ class Background:
 
     def _locate_some(self, batch: int) -> bool:
         """Look up where the next planned windows are; False if that is known of all."""
-        for served in self._regions:
-            windows = [each for each in served.plan.windows.values() if not each.located]
-            if windows:
-                served.plan.locate(*windows[:batch])
-                return True
-        return False
+        if not self._unlocated:
+            return False
+        served = self._unlocated[0][0]
+        numbers: list[int] = []
+        while self._unlocated and self._unlocated[0][0] is served and len(numbers) < batch:
+            numbers.append(self._unlocated.popleft()[1])
+        served.plan.locate(*(served.plan.windows[each] for each in numbers if each in served.plan.windows))
+        return True
 
     def fetch(self) -> bool:
         """Put one frame of what earlier resumes touched first; False if that is done. Raises ConflictError."""
@@ -170,13 +173,13 @@ class Background:
             self._plan(served, number, number + 1)
         return plan.windows[number]
 
-    def _plan(self, served: Served, first: int, last: int) -> None:
-        """Plan windows, and count what there is in those that were not planned."""
+    def _plan(self, served: Served, first: int, last: int) -> list[Window]:
+        """Plan windows, and count what there is in those that were not planned, which are given."""
         windows = served.plan.plan(first, last)
-        served.plan.foresee(windows)
         for window in windows:
             add(self._claims, record.PLANNED, len(window.numbers))
             add(self._claims, record.PLACED, int(np.count_nonzero(served.claims[window.numbers])))
+        return windows
 
     def _plan_next(self, batch: int) -> bool:
         """Plan the next windows; False if all are."""
@@ -188,8 +191,10 @@ class Background:
             return False
         served, low, last = self._range
         high = min(low + batch, last)
-        self._plan(served, low, high)
-        self._planned += [(served, number) for number in range(low, high)]
+        served.plan.foresee(self._plan(served, low, high))
+        planned = [(served, number) for number in range(low, high)]
+        self._planned += planned
+        self._unlocated += planned
         self._range = (served, high, last) if high < last else None
         return True
 
@@ -212,7 +217,7 @@ class Background:
             pages = pages[pages < len(served.claims)]
             for first, last in _ranges(pages // WINDOW):
                 with suppress(*UNREADABLE):  # which is met again
-                    self._plan(served, first, last)
+                    served.plan.foresee(self._plan(served, first, last))
                 yield None
             for start in range(0, len(pages), _KNOWN_BATCH):
                 found = self._found(served, pages[start : start + _KNOWN_BATCH])
