@@ -74,7 +74,8 @@ def find(vm: str, path: Path, timeout_s: float = GREETING_SECONDS) -> Found:
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
             with connection.makefile("rwb") as stream:
-                _greeted(vm, path, stream.readline(_GREETING_BYTES_MAX))
+                if "QMP" not in json.loads(stream.readline(_GREETING_BYTES_MAX)):
+                    raise _no_qmp(vm, path)
                 threads = _threads(stream)
     except TimeoutError as error:
         raise ConflictError(
@@ -85,6 +86,8 @@ def find(vm: str, path: Path, timeout_s: float = GREETING_SECONDS) -> Found:
         raise NotFoundError(f"VM {vm}: nobody listens at {path}: is QEMU running?") from error
     except OSError as error:
         raise VirtualMachineError(f"VM {vm}: cannot connect to {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _no_qmp(vm, path) from error
     return _process(vm, path, pid, threads)
 
 
@@ -142,14 +145,10 @@ def _offset(place: Place, address: int) -> int:
     return place.mapping.offset + address - place.mapping.start
 
 
-def _greeted(vm: str, path: Path, line: bytes) -> None:
-    try:
-        message = json.loads(line)
-        if "QMP" in message:
-            return
-    except (ValueError, TypeError, RecursionError):
-        pass
-    raise ConflictError(f"VM {vm}: what listens at {path} does not speak QMP: name the socket of -qmp, not another one")
+def _no_qmp(vm: str, path: Path) -> ConflictError:
+    return ConflictError(
+        f"VM {vm}: what listens at {path} does not speak QMP: name the socket of -qmp, not another one"
+    )
 
 
 def _threads(stream: Any) -> list[int]:

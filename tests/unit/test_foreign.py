@@ -97,6 +97,13 @@ def listener(tmp_path):
             each.close()
 
 
+def test_what_greets_like_qemu_and_then_speaks_otherwise_is_refused_too(listener):
+    path, thread = listener(b'{"QMP": {}}\r\nwelcome\r\n')
+    with pytest.raises(ConflictError, match="does not speak QMP"):
+        foreign.find("web", path)
+    thread.join()
+
+
 def test_a_socket_that_is_not_of_a_qemu_that_is_free_is_refused_in_one_line(tmp_path, listener):
     with pytest.raises(NotFoundError, match="nobody listens"):
         foreign.find("web", tmp_path / "nothing")
