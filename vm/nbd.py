@@ -5,10 +5,11 @@ A client of one export, read-only, for one thread at a time; one request is unde
 sends is checked against what was asked: QEMU is trusted, but an answer that is cut short must not become zeros.
 
 An instant that QEMU keeps (copy-before-write, snapshot-access) is asked for in a way that QEMU 7.2 answers rightly:
-there, a request that begins in what was copied before the guest overwrote it, and goes beyond its end, is answered from
-the disk as it is by now; so what the guest has zeroed since then counted as zero. A request within one of the clusters
-in which QEMU copies is answered rightly. So what lies in the file of the copies counts as data, and is asked for by
-cluster, after everything else: what was copied later than that had been read before.
+there, whether what was copied before the guest overwrote it is zeros is answered from the disk as it is by now, if a
+request begins in that and goes beyond its end; reads were seen to be wrong just where the answer was that it is. So
+what the guest has zeroed since then counted as zero. A request within one of the clusters in which QEMU copies is
+answered rightly. So what lies in the file of the copies counts as data, and is asked for by cluster, after everything
+else: what was copied later than that had been read before.
 
 Source: the NBD protocol, doc/proto.md of the NetworkBlockDevice project: fixed newstyle negotiation, structured
 replies, meta context base:allocation. QEMU, docs/interop/nbd.txt: meta context qemu:dirty-bitmap.

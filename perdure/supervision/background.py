@@ -21,7 +21,6 @@ _LOOK_SECONDS = 15.0
 """Between two looks at the clock, at most: it may be set, and a host that slept has slept the loop's clock, too."""
 _AGAIN_SECONDS = 30.0
 """After write-back, or taking new keys, has failed."""
-
 _KEYS_SECONDS = 1.0
 """Between two looks for a newer keyring."""
 
