@@ -145,6 +145,7 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
         writes_on(vm)  # which reads every block
         goes_on(vm)
         assert f"{point} is needed by disk " in vm.refused("forget", point)
+        vm.run.expect("the server of disk one, two had ended, and is started again")
         vm.run.kill()
         os.kill(server(vm)[0], signal.SIGKILL)
         boot(vm)
