@@ -9,6 +9,7 @@ batches of ids for each level of a page map, never a set of ids. Belongs to one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from store.pagemap import Root
 
 if TYPE_CHECKING:
     from store.packs import PackEntry
+    from store.records import Generation
     from store.repository import Repository
 
 _LOOKED_UP = 1 << 18
@@ -29,6 +31,19 @@ _NODES = 1 << 13
 Bits = NDArray[np.int64]
 Found = Callable[[int, Bits], None]
 """Told about what is marked for the first time: level (0 for chunks) and slots, in the order of the walk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A generation as far as marking goes: whose it is, and the roots of its regions."""
+
+    vm: str
+    roots: tuple[Root, ...]
+
+    @classmethod
+    def of(cls, generation: Generation) -> Below:
+        """Of a generation, without all else that its record says."""
+        return cls(generation.vm, tuple(region.root for region in generation.regions.values()))
 
 
 class Slots:

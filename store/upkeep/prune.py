@@ -31,30 +31,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import ENOSPC
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from base import locks
 from base.errors import ConflictError, IntegrityError, StorageError
 from base.progress import Progress, silent
 from store import format as layout
 from store import leases
-from store.index.chunks import LOCATION
 from store.leases import HeldLease
-from store.nodes import NODE_BYTES
-from store.packs import PackEntry, WrittenPack, read_pack
-from store.pagemap import Root
-from store.records import Generation, GenerationBody, SwapBody, UncertainCommitError
-from store.upkeep import reserve
-from store.upkeep.liveness import Bits, Marks, Slots, in_frames, use_of
+from store.packs import PackEntry, WrittenPack
+from store.records import GenerationBody, UncertainCommitError
+from store.upkeep import reserve, strays
+from store.upkeep.copying import Copying
+from store.upkeep.liveness import Below, Marks, Slots, in_frames, use_of
 from store.upkeep.prune_plan import FRAME_COST, PackUse, PrunePlan, PruneSettings, Scatter, plan
-from store.upkeep.repacking import Repacking, Wanted
+from store.upkeep.repacking import Repacking
+from store.upkeep.strays import Orphans
 
 if TYPE_CHECKING:
     import lmdb
@@ -71,7 +68,6 @@ _SLICE_PACKS = 1 << 12
 _YIELD_SECONDS = 15.0
 """For writers that give way when somebody waits for them: they look every few seconds."""
 _POLL_SECONDS = 0.1
-_UNRANKED = np.iinfo(np.int64).max
 
 T = TypeVar("T")
 
@@ -102,18 +98,6 @@ class PruneResult:
     def freed_bytes(self) -> int:
         """What the repository is smaller by."""
         return self.removed_bytes - self.rewritten_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Below:
-    """A generation as far as marking goes: whose it is, and the roots of its regions."""
-
-    vm: str
-    roots: tuple[Root, ...]
-
-    @classmethod
-    def of(cls, generation: Generation) -> _Below:
-        return cls(generation.vm, tuple(region.root for region in generation.regions.values()))
 
 
 class Prune:
@@ -150,10 +134,9 @@ class Prune:
         repository.refresh()
         self._require_no_damage()
         if not self._dry_run:
-            self._unlink_swapped()
+            strays.unlink_swapped(repository)
             yield "unlinked"
-        orphans = self._orphans()
-        writers = {each.name for each in self._writers()}
+        orphans = Orphans(repository)
         self._slots = Slots(repository)
         self._live = Marks(repository, self._slots)
         self._mark()
@@ -172,7 +155,7 @@ class Prune:
         self._end_doom()
         yield "rewritten"
         self.result.lost_chunks = self._live.lost
-        self._remove_orphans(orphans, writers)
+        self.result.orphans = orphans.remove()
         if self._keep_reserve:
             reserve.make(repository.path, repository.disk)
 
@@ -188,9 +171,6 @@ class Prune:
                 name, f"{damaged[0].problem}: nothing is pruned before it is put back or `perdure repair` has run"
             )
 
-    def _writers(self) -> list[HeldLease]:
-        return [each for each in leases.held(self._repository.leases) if each.facts.role != leases.READER]
-
     def _mark(self) -> None:
         """Mark what has not been marked. The order of listing and replaying matters: see the module's docstring."""
         repository = self._repository
@@ -199,7 +179,7 @@ class Prune:
         roots = self._generations()
         stood_on = {sequence for each in held for sequence in each.facts.generations}
         for sequence in sorted(stood_on.union(self._made_since()).difference(roots)):
-            roots[sequence] = _Below.of(repository.generation_at(sequence))
+            roots[sequence] = Below.of(repository.generation_at(sequence))
         todo = {sequence: each for sequence, each in roots.items() if sequence not in self._marked}
         for at, (sequence, generation) in enumerate(sorted(todo.items())):
             for root in generation.roots:
@@ -216,14 +196,14 @@ class Prune:
                 if isinstance(self._repository.record(sequence).body, GenerationBody):
                     yield sequence
 
-    def _generations(self) -> dict[int, _Below]:
+    def _generations(self) -> dict[int, Below]:
         """Those that are there, by sequence, without all else that they say: they may be many."""
         catalog, found = self._repository.catalog, {}
         with self._repository.environment.read() as txn:
             for vm in catalog.vms(txn):
                 for number in catalog.generation_numbers(txn, vm):
                     generation = catalog.generation(txn, vm, number)
-                    found[generation.sequence] = _Below.of(generation)
+                    found[generation.sequence] = Below.of(generation)
         return found
 
     def _uses(self) -> Iterator[PackUse]:
@@ -273,7 +253,7 @@ class Prune:
                     packs[number] = needed + vain, needed
             yield Scatter(vm, packs)
 
-    def _marked_below(self, generations: Iterable[_Below]) -> Marks:
+    def _marked_below(self, generations: Iterable[Below]) -> Marks:
         marks = Marks(self._repository, self._slots)
         for generation in generations:
             for root in generation.roots:
@@ -295,7 +275,7 @@ class Prune:
         latest = max(since.values(), default=0)
         began = time.monotonic()
         while True:
-            older = [each for each in self._writers() if each.facts.sequence < latest]
+            older = [each for each in strays.writers(self._repository) if each.facts.sequence < latest]
             patience = self._wait_s
             if all(each.facts.yields for each in older):
                 patience = max(patience, _YIELD_SECONDS)
@@ -342,16 +322,15 @@ class Prune:
     def _rewrite(self) -> Iterator[str]:
         """Packs of which something is in use, slice by slice."""
         todo = [use for use in self._ready.values() if self._live.of(use.number).any()]
-        ranks = self._ranks(todo) if todo else {}
-        total = sum(use.used_bytes for use in todo)
+        copying = Copying(self._repository, self._slots, self._live, self._roots, todo, self._progress)
         for some in _slices(todo):
-            yield from self._rewrite_slice(some, ranks, total)
+            yield from self._rewrite_slice(some, copying)
 
-    def _rewrite_slice(self, some: list[PackUse], ranks: dict[int, Bits], total: int) -> Iterator[str]:
+    def _rewrite_slice(self, some: list[PackUse], copying: Copying) -> Iterator[str]:
         repository = self._repository
         repacking = Repacking(repository.storage, repository.keys, repository.frames, repository.settings)
         try:
-            relied = self._copy(some, ranks, repacking, total)
+            relied = copying.copy(some, repacking)
             added = [] if repacking.spoiled else repacking.finish()
             yield "copied"
             if not repacking.spoiled:
@@ -370,77 +349,13 @@ class Prune:
             }
             left = [use for use in some if use.number not in repacking.spoiled]
             if left:
-                yield from self._rewrite_slice(left, ranks, total)
+                yield from self._rewrite_slice(left, copying)
             return
         self.result.rewritten_packs += len(some)
         self.result.rewritten_bytes += sum(each.size for each in added)
         yield "swapped"
         self._unlink(some)
         yield "unlinked"
-
-    def _ranks(self, todo: list[PackUse]) -> dict[int, Bits]:
-        """For each slot of these packs when a restore of the newest generation of a VM wants it, then of older ones."""
-        ranks = {use.number: np.full(self._slots.sizes_of(use.number), _UNRANKED) for use in todo}
-        count = 0
-
-        def found(_: int, bits: Bits) -> None:
-            nonlocal count
-            index = self._slots.pack_index(bits)
-            numbers = self._slots.packs[index]
-            within = self._slots.within(bits, index)
-            mine = np.flatnonzero(np.isin(numbers, np.fromiter(ranks, np.uint32)))
-            for number in np.unique(numbers[mine]).tolist():
-                at = mine[numbers[mine] == number]
-                ranks[number][within[at]] = count + at
-            count += len(bits)
-
-        marks = Marks(self._repository, self._slots)
-        newest = {each.vm: sequence for sequence, each in sorted(self._roots.items())}
-        order = sorted(self._roots, key=lambda sequence: (sequence not in newest.values(), -sequence))
-        for at, sequence in enumerate(order):
-            for root in self._roots[sequence].roots:
-                marks.mark(root, found)
-            self._progress("putting in order", at + 1, len(order))
-        return ranks
-
-    def _copy(self, some: list[PackUse], ranks: dict[int, Bits], repacking: Repacking, total: int) -> set[int]:
-        """Copy what is marked in these packs and has no other place that lasts; gives the packs of what has one."""
-        relied: set[int] = set()
-        for kind in (layout.PACK_DATA, layout.PACK_NODES):
-            parts = [self._marked_of(use, ranks[use.number], repacking) for use in some]
-            rows = [each for each in parts if each is not None and each[0] == kind]
-            if not rows:
-                continue
-            ids, locations, sizes, rank = (np.concatenate([row[at] for row in rows]) for at in (1, 2, 3, 4))
-            order = np.lexsort((locations["slot"], locations["frame"], locations["pack"], rank))
-            _, first = np.unique(np.ascontiguousarray(ids[order]).view("V32").ravel(), return_index=True)
-            order = order[np.sort(first)]  # of two marked places of one chunk, one is copied
-            lasting = self._repository.nodes.reusable(ids[order])["pack"]
-            relied |= set(np.unique(lasting).tolist()) - {0}
-            order = order[lasting == 0]
-            repacking.copy(kind, Wanted(ids[order], locations[order], sizes[order]), self._progress, total)
-        return relied
-
-    def _marked_of(self, use: PackUse, rank: Bits, repacking: Repacking) -> _Marked | None:
-        """(kind, ids, locations, sizes, ranks) of what is marked in a pack; None if its footer cannot be read."""
-        repository = self._repository
-        try:
-            entry = repository.catalog.pack(use.number)
-            footer = read_pack(repository.storage, repository.keys, entry.header.pack_id).footer
-            if not np.array_equal(footer.counts, entry.counts):
-                raise IntegrityError(layout.pack_name(entry.header.pack_id), "is not the pack that was indexed")
-        except IntegrityError as error:
-            repacking.spoiled[use.number] = error
-            return None
-        counts = entry.counts.astype(np.int64)
-        at = np.flatnonzero(self._live.of(use.number))
-        frame = np.repeat(np.arange(len(counts)), counts)[at]
-        locations = np.zeros(len(at), LOCATION)
-        locations["pack"], locations["frame"] = use.number, frame
-        locations["slot"] = at - (np.cumsum(counts) - counts)[frame]
-        nodes = entry.header.kind == layout.PACK_NODES
-        sizes = np.full(len(at), NODE_BYTES) if nodes else -(-repository.settings.frame_bytes // counts[frame])
-        return entry.header.kind, footer.ids[at], locations, sizes, rank[at]
 
     def _swap(self, gone: list[PackUse], added: list[WrittenPack], relied: set[int]) -> None:
         """Append the record, if nobody has changed meanwhile what it stands on."""
@@ -461,51 +376,6 @@ class Prune:
             self._repository.storage.delete(layout.pack_name(bytes.fromhex(use.id)))
             self.result.removed_packs += 1
             self.result.removed_bytes += use.size
-
-    # Left-overs
-
-    def _unlink_swapped(self) -> None:
-        """Files that a killed prune swapped out and did not remove."""
-        with self._repository.environment.read() as txn:
-            gone = [name for name, each in self._stored() if self._repository.catalog.was_removed(txn, each)]
-        if gone:
-            self._repository.environment.flush()
-            for name in gone:
-                self._repository.storage.delete(name)
-
-    def _orphans(self) -> list[bytes]:
-        """Packs that no record names; perhaps one is about to."""
-        with self._repository.environment.read() as txn:
-            return [each for _, each in self._stored() if not self._repository.catalog.names(txn, each)]
-
-    def _stored(self) -> Iterator[tuple[str, bytes]]:
-        for name in self._repository.storage.list("packs"):
-            with suppress(ValueError):  # not ours
-                pack_id = bytes.fromhex(name.rpartition("/")[2])
-                if layout.pack_name(pack_id) == name and len(pack_id) == 16:
-                    yield name, pack_id
-
-    def _remove_orphans(self, orphans: list[bytes], writers: set[str]) -> None:
-        """Those that were found first go if every writer that was there after that has ended without naming them."""
-        if not orphans or writers & {each.name for each in self._writers()}:
-            return
-        self._repository.refresh()
-        named = self._named()  # not from the index: what is deleted here comes back from nowhere
-        for pack_id in orphans:
-            if pack_id.hex() not in named:
-                self._repository.storage.delete(layout.pack_name(pack_id))
-                self.result.orphans += 1
-
-    def _named(self) -> set[str]:
-        """Ids of all packs that any record has ever named."""
-        named: set[str] = set()
-        for sequence in range(1, self._repository.sequence + 1):
-            body = self._repository.record(sequence).body
-            if isinstance(body, GenerationBody):
-                named.update(body.packs)
-            elif isinstance(body, SwapBody):
-                named.update(body.added)
-        return named
 
     def _with_room(self, action: Callable[[], T]) -> T:
         """Do it; on a full disk give up the emergency file and do it again."""
@@ -538,9 +408,6 @@ def prune(
             pass
     assert work.plan is not None
     return work.plan, work.result
-
-
-_Marked = tuple[int, NDArray[np.uint8], NDArray[np.void], NDArray[np.int64], Bits]
 
 
 def _slices(todo: list[PackUse]) -> Iterator[list[PackUse]]:
