@@ -19,6 +19,7 @@ from base.errors import VirtualMachineError
 from base.extents import total
 from vm import disks
 from vm.config import Disk
+from vm.identity import ended
 from vm.monitor import Monitor
 from vm.nbd import Export
 
@@ -68,7 +69,10 @@ def test_an_export_is_read_as_it_is(image: Path, short_folder: Path, kind: str) 
         with pytest.raises(VirtualMachineError, match=r"VM demo: disk other: .*not present"):
             Export("demo", address, "other")
     finally:
-        os.kill(int((short_folder / "pid").read_text()), signal.SIGTERM)
+        server = os.pidfd_open(int((short_folder / "pid").read_text()))
+        signal.pidfd_send_signal(server, signal.SIGTERM)
+        assert ended(server, SECONDS)  # or it removes its files while the folder is removed
+        os.close(server)
 
 
 @pytest.fixture
