@@ -69,8 +69,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from base.errors import FormatVersionError, IntegrityError
-from store.keyring.layout import SIGNATURE_BYTES, VERSION
+from base.errors import IntegrityError
+from store.keyring.layout import SIGNATURE_BYTES, VERSION, require_magic
 
 ID_BYTES = 32
 ZERO_ID = bytes(ID_BYTES)
@@ -150,7 +150,7 @@ def encode_config(repository_id: bytes) -> bytes:
 
 def decode_config(data: bytes, name: str) -> bytes:
     """The repository id. Raises IntegrityError, FormatVersionError."""
-    _begin(data, CONFIG_MAGIC, CONFIG.size, name)
+    require_magic(data, CONFIG_MAGIC, name, CONFIG.size)
     return bytes(CONFIG.unpack_from(data)[2])
 
 
@@ -161,7 +161,7 @@ def encode_pack_header(header: PackHeader) -> bytes:
 
 def decode_pack_header(data: bytes, name: str) -> PackHeader:
     """Raises IntegrityError, FormatVersionError."""
-    _begin(data, PACK_MAGIC, PACK_HEADER.size, name)
+    require_magic(data, PACK_MAGIC, name, PACK_HEADER.size)
     _, _, kind, epoch, pack_id, salt = PACK_HEADER.unpack_from(data)
     if kind not in (PACK_DATA, PACK_NODES):
         raise IntegrityError(name, f"unknown kind of pack {kind}", offset=10)
@@ -246,7 +246,7 @@ def decode_record(data: bytes, name: str) -> tuple[RecordHeader, bytes, bytes]:
 
     Raises IntegrityError, FormatVersionError.
     """
-    _begin(data, RECORD_MAGIC, RECORD_HEADER.size, name)
+    require_magic(data, RECORD_MAGIC, name, RECORD_HEADER.size)
     _, _, kind, epoch, sequence, previous, vm_id, number, parent, salt, length = RECORD_HEADER.unpack_from(data)
     if len(data) != RECORD_HEADER.size + length + SIGNATURE_BYTES or length > MAX_BODY:
         raise IntegrityError(name, f"record of {len(data)} bytes is truncated or damaged", offset=144)
@@ -256,7 +256,7 @@ def decode_record(data: bytes, name: str) -> tuple[RecordHeader, bytes, bytes]:
 
 def record_kind(data: bytes, name: str) -> int:
     """Kind of a record, from its clear header alone. Raises IntegrityError, FormatVersionError."""
-    _begin(data, RECORD_MAGIC, RECORD_HEADER.size, name)
+    require_magic(data, RECORD_MAGIC, name, RECORD_HEADER.size)
     return int(RECORD_HEADER.unpack_from(data)[2])
 
 
@@ -273,16 +273,3 @@ def pack_name(pack_id: bytes) -> str:
 def record_name(sequence: int) -> str:
     """Storage name of a record."""
     return f"records/{sequence:012d}"
-
-
-def _begin(data: bytes, magic: bytes, least: int, name: str) -> None:
-    """Magic and version before anything else is read."""
-    if len(data) < 10 or data[:8] != magic:
-        raise IntegrityError(
-            name, f"does not begin with {magic.decode()}: damaged, or not of this repository", offset=0
-        )
-    version = int.from_bytes(data[8:10], "little")
-    if version > VERSION:
-        raise FormatVersionError(name, version, VERSION)
-    if version != VERSION or len(data) < least:
-        raise IntegrityError(name, "truncated or damaged header", offset=0)

@@ -273,7 +273,7 @@ def finish_slot(clear: bytes, sealed: bytes) -> bytes:
 
 def decode_slot(data: bytes, name: str) -> tuple[SlotHeader, bytes]:
     """(header, sealed part). Raises IntegrityError, FormatVersionError; Argon2id parameters are checked here."""
-    _begin(data, SLOT_MAGIC, name)
+    require_magic(data, SLOT_MAGIC, name)
     if len(data) != SLOT_BYTES or blake3(data[:-HASH_BYTES]).digest() != data[-HASH_BYTES:]:
         raise IntegrityError(name, "the key slot is truncated or damaged")
     _, _, kind, memory, passes, lanes, slot_id, repository_id, salt, created, public, label = SLOT_CLEAR.unpack_from(
@@ -320,7 +320,7 @@ def decode_keyring(data: bytes, name: str) -> tuple[KeyringHeader, bytes, bytes]
 
     Raises IntegrityError, FormatVersionError.
     """
-    _begin(data, KEYRING_MAGIC, name)
+    require_magic(data, KEYRING_MAGIC, name)
     if not KEYRING_HEADER.size <= len(data) <= MAX_KEYRING:
         raise IntegrityError(name, "the keyring is truncated or damaged")
     _, _, slots, keys, number, repository_id, previous, salt, epoch, length = KEYRING_HEADER.unpack_from(data)
@@ -363,8 +363,11 @@ def encode_link(repository_id: bytes, first_epoch: int, old: bytes, new: bytes) 
     return LINK.pack(LINK_MAGIC, VERSION, repository_id, first_epoch, old, new)
 
 
-def _begin(data: bytes, magic: bytes, name: str) -> None:
-    """Magic and version before anything else is read."""
+def require_magic(data: bytes, magic: bytes, name: str, least: int = 10) -> None:
+    """Magic and version of an object that has at least so many bytes, before anything else is read.
+
+    Raises IntegrityError, FormatVersionError (a later Perdure has written it).
+    """
     if len(data) < 10 or data[:8] != magic:
         raise IntegrityError(
             name, f"does not begin with {magic.decode()}: damaged, or not of this repository", offset=0
@@ -372,5 +375,5 @@ def _begin(data: bytes, magic: bytes, name: str) -> None:
     version = int.from_bytes(data[8:10], "little")
     if version > VERSION:
         raise FormatVersionError(name, version, VERSION)
-    if version != VERSION:
-        raise IntegrityError(name, "damaged header", offset=8)
+    if version != VERSION or len(data) < least:
+        raise IntegrityError(name, "truncated or damaged header", offset=0)
