@@ -20,6 +20,7 @@ from restore import claims as record
 from restore import server
 from restore.claims import Claims
 from restore.nursery import Nursery, spawned
+from restore.pulse import Pulse
 from restore.server import Job
 from store import leases
 from store.leases import Lease
@@ -40,7 +41,7 @@ class LazyRestore:
         self, repository: Repository, job: Job, claims: Claims, folder: Path, nursery: Nursery | None = None
     ) -> None:
         self._repository, self._job, self.claims, self._folder = repository, job, claims, folder
-        self._nursery = nursery
+        self._nursery, self._pulse = nursery, Pulse(claims)
         self._pipe: Connection | None = None
         self._lease: Lease | None = None
         self.pidfd = -1
@@ -148,6 +149,11 @@ class LazyRestore:
     def outdated(self) -> bool:
         """Whether the server that serves has older keys than we have: what others store anew it cannot read."""
         return self.phase == record.SERVING and self.claims.word(record.KEYRING) < self._repository.keys.header.number
+
+    def hung(self, qemu: int) -> str:
+        """Why the server that serves the QEMU process `qemu` is believed to hang, in words; empty if it is not. To be
+        asked some times a second."""
+        return self._pulse.hangs(qemu) if self.claims.is_open else ""
 
     def hurry(self, *, on: bool = True) -> None:
         """Fill as fast as one processor can, or no more than its share of it."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from base.errors import VirtualMachineError
@@ -21,7 +23,7 @@ from restore import claims as record
 from restore.background import UNREADABLE, Background
 from restore.claims import Claims
 from restore.placement import ZERO, Placer, Served, add, address_of
-from restore.plan import WINDOW, Frame, RegionPlan, Window
+from restore.plan import WINDOW, Frame, RegionPlan, Window, nearest_first
 from restore.working_set import WorkingSet
 from store.reader import GenerationReader
 from store.records import Generation
@@ -33,6 +35,12 @@ SHARE = 0.5
 """Of one processor, at most, for filling in what nobody waits for."""
 _AFTER_FAULT_S, _STARVED_S = 0.002, 0.02
 """Filling waits so long after a fault, since more are likely to come, but never longer than the second."""
+_FIRST_S, _AFTER_FIRST_S, _STARVED_FIRST_S = 2.0, 0.02, 0.25
+"""The same for the first seconds, in which a guest that goes on touches most of what it works with."""
+_SPIN_S = 0.001
+"""The next fault is looked for without sleeping so long after one: being woken takes some 50 us."""
+_RESTS_MAX = 64
+"""Frames of which a part was not placed yet, at most; what is given up is filled in later."""
 _RETRY_S = 0.25
 _FOREVER_MS, _PACE_MS = 1000, 20
 
@@ -66,7 +74,9 @@ class PageServer:
         self._no_map = ""
         self._failed_at = self._next_fill = self._filled_at = 0.0
         self._fetches = self._fills = True
-        self._rest: list[tuple[Served, Window, Frame]] = []
+        self._rest: deque[Iterator[None]] = deque(maxlen=_RESTS_MAX)
+        self._began_at = self._answered_at = 0.0
+        self._spins = False
         self._background = Background(self._regions, claims, working_set, self._not_read)
 
     def get_ready(self) -> bool:
@@ -93,6 +103,7 @@ class PageServer:
         self._claims.tell_problem("")
         self._claims.set(record.SERVERS, self._claims.word(record.SERVERS) + 1)
         self._claims.set(record.PHASE, record.SERVING)
+        self._began_at = time.monotonic()
 
     def serve(self, qemu: int) -> None:
         """Until QEMU ends (`qemu` is its pidfd), or somebody ends this process.
@@ -103,7 +114,9 @@ class PageServer:
         poll.register(self._descriptor.descriptor, select.POLLIN)
         poll.register(qemu, select.POLLIN)
         empty = time.monotonic()  # when there was no fault yet, as far as is known
+        beat = self._claims.word(record.BEAT)
         while True:
+            self._claims.set(record.BEAT, beat := (beat + 1) % (1 << 64))
             waiting = self._pause_ms(empty)
             events = dict(poll.poll(waiting))
             if qemu in events:
@@ -142,7 +155,10 @@ class PageServer:
                     self._working_set.touched(served.name, page)
         except ProcessLookupError:
             return  # QEMU has ended, which the next poll tells
-        self._next_fill = max(self._next_fill, min(time.monotonic() + _AFTER_FAULT_S, self._filled_at + _STARVED_S))
+        self._answered_at = now = time.monotonic()
+        first = now - self._began_at < _FIRST_S
+        after, starved = (_AFTER_FIRST_S, _STARVED_FIRST_S) if first else (_AFTER_FAULT_S, _STARVED_S)
+        self._next_fill = max(self._next_fill, min(now + after, self._filled_at + starved))
 
     def _place_of(self, address: int) -> tuple[Served, int]:
         for served in self._regions:
@@ -171,18 +187,25 @@ class PageServer:
         window = self._background.window(served, page // WINDOW)
         at = window.find(page)
         if at < 0:
-            self._background.put_zeros(served, page)
+            self._placer.one(served, page, ZERO[0])
+            self._rest.append(self._zeros_beside(served, page))
             return
         frame, slot = served.plan.open(window, at)
-        self._placer.one(served, page, frame.chunks[slot : slot + 1])
+        self._placer.one(served, page, frame.chunks[slot])
         add(self._claims, record.PLACED, 1)
-        self._rest.append((served, window, frame))
+        self._rest.append(self._rest_of(served, window, frame, page))
 
-    def _place_rest(self) -> None:
-        """What came along with a page that was waited for: all that its frame has of the window."""
-        served, window, frame = self._rest.pop()
+    def _rest_of(self, served: Served, window: Window, frame: Frame, page: int) -> Iterator[None]:
+        """What comes along with a page that was waited for: all that its frame has of the window, some pages a step."""
         members, slots = window.held_by(frame)
-        self._background.put(served, window.numbers[members], frame.take(slots))
+        numbers = window.numbers[members]
+        for some in nearest_first(numbers, page):
+            yield
+            self._background.put(served, numbers[some], frame.take(slots[some]))
+
+    def _zeros_beside(self, served: Served, page: int) -> Iterator[None]:
+        self._background.put_zeros(served, page)
+        yield
 
     def _hold(self, served: Served, page: int, error: Exception) -> None:
         where = f"{page * PAGE:#x}-{(page + 1) * PAGE:#x}"
@@ -210,8 +233,16 @@ class PageServer:
 
     def _pause_ms(self, now: float) -> float:
         """How long to wait for faults before something else is done."""
+        self._spins = False
+        if self._rest:
+            return 0
+        pause = self._unhurried_ms(now)
+        self._spins = pause > 0 and now - self._answered_at < _SPIN_S
+        return 0 if self._spins else pause
+
+    def _unhurried_ms(self, now: float) -> float:
         pace = self._claims.word(record.PACE)
-        if self._rest or (self._fetches and pace != record.FAULTS_ONLY):
+        if self._fetches and pace != record.FAULTS_ONLY:
             return 0
         if self._fills and pace != record.FAULTS_ONLY:
             return 0 if pace == record.AT_ONCE else max(0.0, (self._next_fill - now) * 1e3)
@@ -221,11 +252,19 @@ class PageServer:
             return _PACE_MS
         return _FOREVER_MS if self._claims.word(record.PHASE) == record.DONE else 0
 
+    def _place_some(self) -> None:
+        """One step of what came along with the page that was waited for last."""
+        rest = self._rest[-1]
+        if next(rest, rest) is rest:
+            self._rest.pop()
+
     def _in_between(self) -> None:
         began = time.monotonic()
         try:
             if self._rest:
-                self._place_rest()
+                self._place_some()
+                return
+            if self._spins:
                 return
             if self._trouble and began - self._failed_at >= _RETRY_S:
                 self._try_again()

@@ -28,6 +28,8 @@ from store.records import Region
 WINDOW = 1024
 _KEPT_NODES = 8192
 _EXPECTED_PACKS = 16
+_TOGETHER = 8
+"""Pages that are placed in one step where somebody may come to wait: 5 us each."""
 _FORESEEN = 128
 """Of so many pages one says in which pack they are likely to be."""
 
@@ -247,6 +249,15 @@ class _KeptNodes:
             for at, node in zip(missing, self._nodes.fetch(level, ids[missing]), strict=True):
                 self._kept[names[at]] = node
         return np.stack([self._kept[name] for name in names])
+
+
+def nearest_first(numbers: NDArray[np.int64], page: int) -> Iterator[slice]:
+    """Slices of page numbers (n,), ascending: those from a page on, some at a time, then those before it."""
+    at = int(np.searchsorted(numbers, page))
+    for first in range(at, len(numbers), _TOGETHER):
+        yield slice(first, first + _TOGETHER)
+    for last in range(at, 0, -_TOGETHER):
+        yield slice(max(0, last - _TOGETHER), last)
 
 
 def _frames(locations: NDArray[np.void]) -> NDArray[np.uint64]:

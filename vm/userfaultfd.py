@@ -176,16 +176,31 @@ class Userfaultfd:
             raise VirtualMachineError(f"QEMU (pid {self.pid}): {name} of {place}: {error.strerror}") from error
 
 
-def _asked_features(pid: int, descriptor: int) -> int:
-    """The features of a userfaultfd's handshake, with _INITIALISED; 0 if there was none.
+def waiting_faults(pid: int) -> int:
+    """How many first touches of a QEMU process wait for their answer just now; 0 if nothing is known of it."""
+    try:
+        remotes = injection.held_descriptors(pid, _LINK)
+        return sum(int(_fact(pid, each, "total", "0")) for each in remotes)
+    except OSError:
+        return 0
 
-    Source: fdinfo of the kernel's fs/userfaultfd.c: `API:<tab>version:features:ioctls`, hexadecimal.
+
+def _asked_features(pid: int, descriptor: int) -> int:
+    """The features of a userfaultfd's handshake, with _INITIALISED; 0 if there was none."""
+    return int(_fact(pid, descriptor, "API", "0:0:0").split(":")[1], 16)
+
+
+def _fact(pid: int, descriptor: int, name: str, missing: str) -> str:
+    """Of a userfaultfd.
+
+    Source: fdinfo of the kernel's fs/userfaultfd.c: `pending:<tab>number` of faults that nobody has read, `total:` of
+    those that wait, and `API:<tab>version:features:ioctls`, hexadecimal.
     """
     with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/fdinfo/{descriptor}") as lines:
         for line in lines:
-            if line.startswith("API:"):
-                return int(line.split()[1].split(":")[1], 16)
-    return 0
+            if line.startswith(f"{name}:"):
+                return line.split()[1]
+    return missing
 
 
 def _handshake(pid: int, descriptor: int) -> None:

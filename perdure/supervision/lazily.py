@@ -164,8 +164,8 @@ async def see_to(supervisor: Supervisor, machine: Machine, lazy: LazyRestore) ->
 
 
 async def watch(lazy: LazyRestore, qemu: Qemu, say: Callable[[str], None], advice: str) -> bool:
-    """Until all of the VM's memory is there: a server that ends is replaced, and what holds the guest is said, with
-    what can be done about it.
+    """Until all of the VM's memory is there: a server that ends or hangs is replaced, and what holds the guest is said,
+    with what can be done about it.
 
     Gives False if memory turned out to be wrong: nothing goes on then.
     """
@@ -175,6 +175,10 @@ async def watch(lazy: LazyRestore, qemu: Qemu, say: Callable[[str], None], advic
             if lazy.phase in (claims.DONE, claims.BROKEN):  # and with DONE nobody needs one any more
                 break
             await _replace(lazy, qemu, say)
+            continue
+        if hung := lazy.hung(qemu.pid):
+            say(f"{vm}: its page server {hung}: it is killed")
+            await asyncio.to_thread(lazy.kill)
             continue
         if lazy.outdated:
             say(f"{vm}: keys were changed, and its page server is given the new ones")

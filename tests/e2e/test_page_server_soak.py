@@ -1,7 +1,8 @@
 """Page servers killed again and again while a guest is resumed: it never sees a wrong byte, and loses none of its own.
 
-Six kills each time the tests run; as many as one likes with PERDURE_SOAK_KILLS=300. Each server is killed when it has
-placed so and so many pages, sometimes none, sometimes before it is attached to QEMU. Judged by the guest, which checks
+Six each time the tests run; as many as one likes with PERDURE_SOAK_KILLS=300. Each server is killed when it has placed
+so and so many pages, sometimes none, sometimes before it is attached to QEMU; every third is only stopped, for the
+supervisor to notice. Judged by the guest, which checks
 every page of an area against checksums from before, in any order, and walks over another one that it writes, and at
 the end by QEMU's own pmemsave of all memory against a generation that is captured then.
 """
@@ -92,10 +93,11 @@ class Killer:
             vm.until(lambda: finished(vm) or placed(vm) >= began + limit, "it has placed some pages")
         if finished(vm):
             return False
+        hangs = limit is not None and len(self.killed) % 3 == 1
         self.killed.add(server)
         with contextlib.suppress(ProcessLookupError):  # it had come to its end
             descriptor = os.pidfd_open(server)
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            signal.pidfd_send_signal(descriptor, signal.SIGSTOP if hangs else signal.SIGKILL)
             assert select.select([descriptor], [], [], SECONDS)[0]
             os.close(descriptor)
         self._attached = words(vm, record.SERVERS)

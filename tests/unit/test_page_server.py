@@ -6,6 +6,7 @@ import os
 import random
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -226,6 +227,24 @@ def test_servers_are_killed_again_and_again_and_no_page_is_lost_or_doubled(lazil
     lazily.filled()
     lazily.right()
     assert lazily.lazy.status()["servers"] == 12
+
+
+def test_a_server_that_is_stopped_while_somebody_waits_is_noticed_and_the_next_one_goes_on(lazily):
+    lazily.serve()
+    server, target = lazily.lazy.claims.word(record.SERVER), lazily.guest.identity.pid
+    os.kill(server, signal.SIGSTOP)
+    page = next(page for page in range(PAGES) if any(lazily.page(page)))
+    lazily.guest.begin("read", 0, page)
+    assert lazily.lazy.hung(target) == ""  # it may be that nobody had looked for long
+    lazily.until(lambda: lazily.lazy.hung(target), "it is not noticed")
+    assert f"process {server}) was stopped" in lazily.lazy.hung(target)
+    assert lazily.guest.waits
+    lazily.lazy.kill()
+    lazily.another()
+    assert lazily.guest.end() == lazily.page(page)
+    assert lazily.lazy.hung(target) == ""
+    lazily.filled()
+    lazily.right()
 
 
 def test_a_server_that_was_killed_between_placing_and_claiming_is_followed_by_one_that_knows_it(lazily):
