@@ -104,7 +104,7 @@ class Background:
         return True
 
     def fetch(self) -> bool:
-        """Put one frame of what earlier resumes touched first; False if that is done. Raises ConflictError."""
+        """Open or put one frame of what earlier resumes touched first; False if that is done. Raises ConflictError."""
         if self._zeros:
             self.put_zeros(*self._zeros.popleft())
             return True
@@ -118,7 +118,7 @@ class Background:
                 self._fetching = None
             else:
                 if found is not None:
-                    self._put_known(*found)
+                    self._kept.append(found)  # it is put in the next step: somebody may wait by now
                 return True
         self._claims.set(record.FETCHED, 1)
         return False

@@ -10,6 +10,7 @@ ahead and never the region. Belongs to one thread.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from store.packs import FrameReader
 from store.records import Region
 
 WINDOW = 1024
-_KEPT_NODES = 8192
+_KEPT_NODES, _KEPT_FRAMES = 8192, 2
 _EXPECTED_PACKS = 16
 _TOGETHER = 8
 """Pages that are placed in one step where somebody may come to wait: 5 us each."""
@@ -103,6 +104,7 @@ class RegionPlan:
         """Windows of which nothing is left to place: what of them is not claimed is zero."""
         self._nodes, self._stored, self._frames = _KeptNodes(nodes), nodes, frames
         self._expected = {0}
+        self._opened: OrderedDict[tuple[int, int], Frame] = OrderedDict()
 
     @property
     def count(self) -> int:
@@ -161,10 +163,9 @@ class RegionPlan:
                     raise IntegrityError(
                         "page map", "it needs a chunk that is in no pack", chunk=bytes(wanted[0]).hex()
                     )
-                pack, number = int(place["pack"][0]), int(place["frame"][0])
-                found = self._frames.frame(pack, number, cache=False)
-                self._frames.proven(pack, number, found, place["slot"], wanted)
-                return Frame(pack, number, *found), int(place["slot"][0])
+                frame = self._frame(int(place["pack"][0]), int(place["frame"][0]))
+                self._frames.proven(frame.pack, frame.number, (frame.ids, frame.chunks), place["slot"], wanted)
+                return frame, int(place["slot"][0])
             except IntegrityError as error:
                 failure = error
                 again = self._stored.located_anew(wanted, place)
@@ -174,6 +175,17 @@ class RegionPlan:
                 if window.located:
                     window.locations[at : at + 1], window.frames[at : at + 1] = again, _frames(again)
         raise failure
+
+    def _frame(self, pack: int, number: int) -> Frame:
+        """An opened frame; the last two are kept, since of one of which not all is placed yet the next page is often
+        waited for. Raises IntegrityError, StorageError."""
+        frame = self._opened.pop((pack, number), None) or Frame(
+            pack, number, *self._frames.frame(pack, number, cache=False)
+        )
+        self._opened[pack, number] = frame
+        if len(self._opened) > _KEPT_FRAMES:
+            self._opened.popitem(last=False)
+        return frame
 
     def places(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
         """Where ids (n, 32) are: LOCATION (n,), pack 0 for what is nowhere. Raises StorageError, IntegrityError."""
