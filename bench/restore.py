@@ -19,6 +19,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from bench import figures, store
 from bench.figures import Measured
 from bench.resumes import ROOT, Bench, Peer, Resume, drop_caches
@@ -57,6 +59,24 @@ class Size:
         return statistics.median(getattr(each, what) for each in self.resumes[kind])
 
 
+@dataclass(slots=True)
+class Results:
+    """All that was measured, in one run or in several."""
+
+    sizes: list[Size] = field(default_factory=list)
+    eager_vs_best_peer: float | None = None
+
+    @classmethod
+    def load(cls, path: Path | None) -> Results:
+        """What earlier runs have kept; nothing where there is no file."""
+        return msgspec.json.decode(path.read_bytes(), type=cls) if path and path.exists() else cls()
+
+    def save(self, path: Path | None) -> None:
+        """Keep it for the next run."""
+        if path:
+            path.write_bytes(msgspec.json.encode(self))
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="scripts/bench restore", description=__doc__.split("\n\n")[0])
@@ -68,22 +88,32 @@ def main() -> None:
         "--mib", type=int, default=1024, help="image for restic and borg; 0 leaves it out (default 1024)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="of that comparison (default 3)")
+    parser.add_argument(
+        "--results", type=Path, metavar="JSON", help="keep what is measured there, and do not measure what is there"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the result")
     parser.add_argument("--directory", type=Path, help="where to work, on a disk (default: a temporary folder)")
     options = parser.parse_args()
+    results = Results.load(options.results)
     folder = Path(tempfile.mkdtemp(prefix="perdure-bench-", dir=options.directory))
     try:
         print(f"{store.machine()}; caches {'dropped' if drop_caches() else 'not dropped'}", flush=True)
-        eager = against_peers(folder, options.mib, options.rounds) if options.mib else None
-        sizes = [measured(folder, int(mib), options) for mib in options.sizes.split(",")] if options.sizes else []
+        for mib in options.sizes.split(",") if options.sizes else ():
+            if not any(size.mib == int(mib) for size in results.sizes):
+                results.sizes.append(measured(folder, int(mib), options))
+                results.save(options.results)
+        if options.mib and results.eager_vs_best_peer is None:
+            results.eager_vs_best_peer = against_peers(folder, options.mib, options.rounds)
+            results.save(options.results)
     finally:
         shutil.rmtree(folder)
+    sizes = sorted(results.sizes, key=lambda size: size.mib)
     print("\n".join(table(sizes)), flush=True)
     if options.plot:
         from bench.resume_plot import draw
 
         draw(options.plot, sizes, store.machine())
-    result = {"eager_vs_best_peer": eager, **ratios(sizes)}
+    result = {"eager_vs_best_peer": results.eager_vs_best_peer, **ratios(sizes)}
     print(json.dumps({key: None if (value := result.get(key)) is None else round(value, 3) for key in KEYS}))
 
 
