@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base import extents as ranges
+from base.arrays import distinct
 from base.extents import Extents
 from base.units import PAGE
 
@@ -27,7 +28,7 @@ class Heat:
     def look(self, fresh: Extents) -> None:
         """Note what was written since the last look: file offsets, whole pages."""
         new = ranges.numbers(fresh, PAGE)
-        pages = np.union1d(self._pages, new)
+        pages = distinct(np.concatenate([self._pages, new]))
         heat = np.zeros(len(pages), np.uint8)
         heat[np.searchsorted(pages, self._pages)] = self._heat >> 1
         heat[np.searchsorted(pages, new)] |= _NOW

@@ -13,6 +13,7 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from base.errors import IntegrityError, LockedError, StorageError
 from base.units import PAGE
 from restore import claims as record
@@ -278,7 +279,7 @@ class Background:
 def _ranges(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Ranges of windows that cover these numbers, at most a batch in each."""
     ranges: list[tuple[int, int]] = []
-    for number in np.unique(numbers).tolist():
+    for number in distinct(numbers).tolist():
         if ranges and number - ranges[-1][1] <= _GAP and number - ranges[-1][0] < _PLAN_BATCH_EARLY:
             ranges[-1] = ranges[-1][0], number + 1
         else:

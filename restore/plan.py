@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from base.errors import ConflictError, IntegrityError
 from base.units import PAGE
 from store import pagemap
@@ -195,7 +196,7 @@ class RegionPlan:
 
     def _expect(self, locations: NDArray[np.void]) -> None:
         """Have the kernel read packs that come up first: on a cold disk a frame takes nearly twice as long."""
-        for pack in np.unique(locations["pack"]).tolist():
+        for pack in distinct(locations["pack"]).tolist():
             if pack not in self._expected and len(self._expected) <= _EXPECTED_PACKS:
                 self._expected.add(pack)
                 with suppress(IntegrityError):
@@ -228,7 +229,7 @@ class RegionPlan:
                     raise
                 window.locations[members] = again
                 window.frames[members] = _frames(again)
-                if len(np.unique(window.frames[members])) > 1:
+                if len(distinct(window.frames[members])) > 1:
                     raise MovedError from error
         raise failure
 

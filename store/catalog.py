@@ -33,6 +33,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from base.errors import NotFoundError
 from store import format as layout
 from store.index.chunks import Additions, Index
@@ -281,7 +282,7 @@ class Catalog:
         Read it in the transaction of the look-up.
         """
         numbers = [self.pack_number(txn, bytes.fromhex(each.pack_id)) for each in self.damaged(txn)]
-        both = np.union1d(np.array(numbers, np.uint32), self.doomed(txn)["pack"])
+        both = distinct(np.concatenate([np.array(numbers, np.uint32), self.doomed(txn)["pack"]]))
         avoided: NDArray[np.uint32] = both[both != 0].astype(np.uint32)
         return avoided
 

@@ -34,8 +34,8 @@ _Chunks = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Ids (n, 32) and chunks (n, chunk size)."""
 _WORTH_THREADS = 4
 """Frames from which on compressing them in threads is faster."""
-_AHEAD = 64
-"""Frames that may wait to be compressed, or for those before them: 8 MiB."""
+_AHEAD = 32
+"""Frames that may wait to be compressed, or for those before them: 4 MiB."""
 
 
 class ChunkKeys(SealingKeys, Protocol):

@@ -47,6 +47,9 @@ Judge = Callable[[NDArray[np.uint64], NDArray[np.uint8]], NDArray[np.bool_]]
 class Lanes(Protocol):
     """Where the work of one generation is done."""
 
+    batch_bytes: int
+    """The most that a batch may have."""
+
     def drive(self, descriptor: int, chunk_size: int, batches: Iterator[Batch], judge: Judge) -> None:
         """Read every batch from the file, ask the judge, pack. Raises StorageError, WorkerError."""
 
@@ -64,7 +67,10 @@ def _judged(judge: Judge, group: list[Batch], ids: list[NDArray[np.uint8]]) -> l
 
 
 class LocalLane:
-    """One chunker in this process: no start-up cost, for small work."""
+    """One chunker in this process: no start-up cost, for small work. In small batches, whose memory serves again: to
+    take new memory of the kernel costs more than to read into it."""
+
+    batch_bytes = 1 << 20
 
     def __init__(self, storage: Storage, keys: ChunkKeys, settings: PackingSettings) -> None:
         self._chunker = Chunker(storage, keys, settings)
@@ -88,6 +94,8 @@ class LocalLane:
 
 class WorkerLanes:
     """One chunker in each process of a pool made with `store.workers.serve`."""
+
+    batch_bytes = 4 << 20
 
     def __init__(self, pool: WorkerPool, storage: Storage, keys: bytes, settings: PackingSettings) -> None:
         self._pool, self._storage = pool, storage

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from base.errors import IntegrityError
 from store import format as layout
 from store.index.chunks import LOCATION, Index
@@ -82,7 +83,7 @@ class StoredNodes:
             locations = self._index.lookup(txn, ids)
             if not np.array_equal(locations, before):
                 return locations
-            others = self._index.lookup(txn, ids, np.unique(before["pack"]).astype(np.uint32))
+            others = self._index.lookup(txn, ids, distinct(before["pack"]).astype(np.uint32))
         found = others["pack"] != 0
         return np.where(found, others, locations) if found.any() else None
 
@@ -105,7 +106,7 @@ class StoredNodes:
         while True:
             with self._environment.read() as txn:
                 locations = self._index.lookup(txn, ids, self._packs.avoided(txn))
-            hits = set(np.unique(locations["pack"]).tolist()) - self._there - {0}
+            hits = set(distinct(locations["pack"]).tolist()) - self._there - {0}
             if not self._packs.note_missing(hits):
                 self._there |= hits
                 return locations
@@ -177,7 +178,7 @@ class NodeWriter:
         if not fresh:
             return
         locations = self._stored.reusable(np.frombuffer(b"".join(fresh), np.uint8).reshape(-1, layout.ID_BYTES))
-        self.hit_packs.update(np.unique(locations["pack"]).tolist())
+        self.hit_packs.update(distinct(locations["pack"]).tolist())
         self.hit_packs.discard(0)
         for (name, node), pack in zip(fresh.items(), locations["pack"].tolist(), strict=True):
             if not pack:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base import extents as ranges
+from base.arrays import distinct
 from base.errors import PerdureError
 from base.extents import Extents
 from base.progress import Progress, silent
@@ -34,7 +35,6 @@ from store.stored_ids import StoredIds
 if TYPE_CHECKING:
     from store.repository import Repository
 
-_BATCH_BYTES = 4 << 20
 _BATCH_RANGES = 512
 """So that all that is on its way to a worker (8 KiB a batch) fits its pipe: nobody waits for somebody who waits."""
 _WINDOW = 1 << 18
@@ -169,7 +169,7 @@ class GenerationWriter:
         total = ranges.total(present)
         judge = _Judge(self, draft, total, progress)
         lanes = self._lanes(total, here=here)
-        lanes.drive(descriptor, chunk, _batches(present, chunk), judge)
+        lanes.drive(descriptor, chunk, _batches(present, chunk, lanes.batch_bytes), judge)
         judge.flush()
 
     def clear(self, draft: RegionDraft, extents: Extents) -> None:
@@ -283,7 +283,7 @@ class GenerationWriter:
             return wanted
         locations = self._repository.nodes.reusable(ids[live])
         known = locations["pack"] != 0
-        self._hit_packs.update(np.unique(locations["pack"][known]).tolist())
+        self._hit_packs.update(distinct(locations["pack"][known]).tolist())
         candidates = live[~known]
         wanted[candidates] = self._new.fresh(ids[candidates])
         return wanted
@@ -391,9 +391,9 @@ def _present(descriptor: int, wanted: Extents, size: int) -> Extents:
     return ranges.normalise(rows)
 
 
-def _batches(present: Extents, chunk: int) -> Iterator[Batch]:
-    """Cut ranges into batches of at most 4 MiB, without ever holding a list of all chunks."""
-    per_batch = max(1, _BATCH_BYTES // chunk)
+def _batches(present: Extents, chunk: int, size: int) -> Iterator[Batch]:
+    """Cut ranges into batches of at most `size` bytes, without ever holding a list of all chunks."""
+    per_batch = max(1, size // chunk)
     waiting: list[tuple[int, int]] = []
     room = per_batch * chunk
     for start, end in present.tolist():

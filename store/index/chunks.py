@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from base.errors import LockedError
 from store.index import merging, parts, runs
 from store.index.environment import Environment
@@ -124,7 +125,7 @@ class Index(IndexReader):
         """
         with self.naming():
             state, dead = self.state(txn), self.dead(txn)
-        both = np.union1d(dead, packs).astype(np.uint32)
+        both = distinct(np.concatenate([dead, packs]).astype(np.uint32))
         if len(both) > len(dead):
             state = replace(state, serial=state.serial + 1)
             self._apply(txn, [self._state_put(state), ("runs", parts.DEAD_KEY, parts.encode_dead(both, self._key))])

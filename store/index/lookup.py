@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from store.index import parts, runs
 from store.index.environment import IndexLostError
 from store.index.parts import DamagedValueError, Run, State
@@ -59,7 +60,7 @@ class IndexReader:
         with self.naming():
             skip = self.dead(txn)
             if skip_packs is not None and len(skip_packs):
-                skip = np.union1d(skip, skip_packs).astype(np.uint32)
+                skip = distinct(np.concatenate([skip, skip_packs.astype(np.uint32)]))
             descriptors = self.runs(txn)
             for start in range(0, len(ids), BATCH):
                 queries, order = Queries.of(ids[start : start + BATCH])

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
+
 ID_BYTES = 32
 
 LOCATION = np.dtype([("pack", "<u4"), ("frame", "<u4"), ("slot", "<u2"), ("flags", "<u2")])
@@ -174,7 +176,7 @@ def matches(
     crowded &= entry + _FEW <= last
     if crowded.any():
         entry = entry.copy()
-        for number in np.unique(prefix[entry[crowded]]):
+        for number in distinct(prefix[entry[crowded]]):
             members = np.flatnonzero(crowded & (prefix[entry] == number))
             start, end = np.searchsorted(prefix, number, "left"), np.searchsorted(prefix, number, "right")
             group = np.ascontiguousarray(rest[start:end]).view("S24").ravel()
@@ -225,7 +227,7 @@ def _order(columns: Columns, *, stretches: bool = True) -> Positions:
     tied = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(tied):
         # Groups of equal prefixes are contiguous, and sorting by prefix first keeps each in its place.
-        places = np.unique(np.concatenate([tied, tied + 1]))
+        places = distinct(np.concatenate([tied, tied + 1]))
         members = order[places]
         words = np.ascontiguousarray(columns.rest[members]).view(">u8").astype(np.uint64)
         newest = ~columns.location["pack"][members]

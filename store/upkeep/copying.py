@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from base.errors import IntegrityError
 from base.progress import Progress
 from store import format as layout
@@ -60,7 +61,7 @@ class Copying:
             _, first = np.unique(np.ascontiguousarray(ids[order]).view("V32").ravel(), return_index=True)
             order = order[np.sort(first)]  # of two marked places of one chunk, one is copied
             lasting = self._repository.nodes.reusable(ids[order])["pack"]
-            relied |= set(np.unique(lasting).tolist()) - {0}
+            relied |= set(distinct(lasting).tolist()) - {0}
             order = order[lasting == 0]
             repacking.copy(kind, Wanted(ids[order], locations[order], sizes[order]), self._progress, self._total)
         return relied
@@ -76,7 +77,7 @@ class Copying:
             numbers = self._slots.packs[index]
             within = self._slots.within(bits, index)
             mine = np.flatnonzero(np.isin(numbers, np.fromiter(ranks, np.uint32)))
-            for number in np.unique(numbers[mine]).tolist():
+            for number in distinct(numbers[mine]).tolist():
                 at = mine[numbers[mine] == number]
                 ranks[number][within[at]] = count + at
             count += len(bits)

@@ -174,7 +174,6 @@ TestModel = Model.TestCase
 TestModel.settings = settings(
     max_examples=int(os.environ.get("PERDURE_MODEL_EXAMPLES", "30")),
     stateful_step_count=20,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize="PERDURE_MODEL_EXAMPLES" not in os.environ,
 )

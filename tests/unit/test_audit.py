@@ -283,7 +283,7 @@ def test_an_audit_needs_no_lmdb_and_no_state(story):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_no_change_goes_unnoticed_and_none_is_an_error(told, data):
     """Any bytes of any file that the audit covers; it never raises."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

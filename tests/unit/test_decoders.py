@@ -38,7 +38,7 @@ def test_damaged_examples(name):
     decoder = DECODERS[name]
     seeds = decoder.seeds()
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, database=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, len(seeds) - 1), st.integers(0, 1 << 32))
     def feed(seed, choices):
         decoder.feed(damaged(seeds[seed], seeds, random.Random(choices)))
@@ -48,7 +48,7 @@ def test_damaged_examples(name):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_anything_at_all(name):
-    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, database=None, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=400))
     @example(b"")
     @example(DEEP[0])

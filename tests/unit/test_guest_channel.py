@@ -584,7 +584,6 @@ def test_token_bucket_lets_a_burst_pass_and_then_keeps_the_rate():
     assert [bucket.has(1) for _ in range(4)] == [True, True, True, False]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=20) | st.integers(0, 2 * LINE_BYTES_MAX).map(lambda n: b"x" * n), max_size=6),
     st.lists(st.integers(0, 3 * LINE_BYTES_MAX), max_size=20),
@@ -636,7 +635,7 @@ def fuzzed():
     host.close()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(LINES, max_size=5))
 def test_whatever_is_sent_is_answered_line_by_line_and_a_good_request_after_it_is_served(fuzzed, lines):
     host, guest = fuzzed

@@ -703,6 +703,6 @@ class IndexAgainstDict(RuleBasedStateMachine):
 
 
 IndexAgainstDict.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=25, suppress_health_check=list(HealthCheck)
 )
 TestIndexAgainstDict = IndexAgainstDict.TestCase

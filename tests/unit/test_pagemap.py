@@ -80,7 +80,7 @@ def unregistered() -> Iterator[list[Mapping]]:
 
 
 @needs_pagemap_scan
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, PAGES - 1), st.booleans()), max_size=60), st.sampled_from([1, 2, 7, 1000]))
 def test_exactly_the_written_pages_are_reported_with_any_size_of_vector(memory, writes, vector):
     with Pagemap(os.getpid(), vector) as pagemap:

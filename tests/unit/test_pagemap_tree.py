@@ -202,7 +202,7 @@ def test_every_window_of_a_small_map():
 
 
 TestPageMaps = PageMaps.TestCase
-TestPageMaps.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
+TestPageMaps.settings = settings(max_examples=150, stateful_step_count=20)
 
 
 def build(chunks, seed=1):
@@ -213,7 +213,7 @@ def build(chunks, seed=1):
 
 
 @given(st.integers(1, 5000), st.integers(1, 700), st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_windows_in_any_order_give_the_same_root(chunks, window, random):
     ids = random_ids(chunks)
     memory = Memory()

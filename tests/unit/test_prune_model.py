@@ -164,7 +164,6 @@ DEEDS = ["write"] * 3 + ["read"] * 2 + ["step"] * 8 + ["forget"] * 3 + ["prune"]
 
 @settings(
     max_examples=int(os.environ.get("PERDURE_MODEL_EXAMPLES", "25")),
-    deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize="PERDURE_MODEL_EXAMPLES" not in os.environ,
 )

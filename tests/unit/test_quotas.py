@@ -220,7 +220,7 @@ STEP = st.tuples(st.sampled_from(["reboot", "checkpoint", "snapshot"]), st.integ
 
 
 @given(steps=st.lists(STEP, min_size=3, max_size=10), quota=st.integers(55, 120), last=st.integers(0, 2))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_what_holds_for_any_history(steps, quota, last):
     """Within the quota after every commit; nothing of the operator's goes; every host counts the same."""
     with place() as where, where.open() as repository:

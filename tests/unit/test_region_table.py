@@ -393,4 +393,4 @@ class AgainstPages(RuleBasedStateMachine):
 
 
 TestAgainstPages = AgainstPages.TestCase
-TestAgainstPages.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAgainstPages.settings = settings(max_examples=60, stateful_step_count=30)

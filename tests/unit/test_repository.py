@@ -288,6 +288,4 @@ class History(RuleBasedStateMachine):
 
 
 TestHistory = History.TestCase
-TestHistory.settings = settings(
-    max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestHistory.settings = settings(max_examples=25, stateful_step_count=15, suppress_health_check=list(HealthCheck))

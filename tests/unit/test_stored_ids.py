@@ -24,7 +24,7 @@ def state(tmp_path_factory):
 
 
 @given(some.lists(some.lists(some.integers(0, 300), max_size=60), max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_it_knows_what_a_set_would_know(state, batches):
     """With room for 50 in memory, so that most is looked up on the disk."""
     before, stored_ids._HELD = stored_ids._HELD, 50
