@@ -3,8 +3,9 @@
 A server counts its turns in the claim record (`BEAT`), of which it does one a second where there is nothing to do, and
 this looks at them from outside. It is believed to hang where it was stopped (SIGSTOP, a debugger) for `STOPPED_S` while
 somebody waits for memory, as the kernel says of QEMU's userfaultfd; and where it has done no turn for `SILENT_S`,
-whatever it does instead, which a machine under load does not make of any process. Only time counts in which somebody
-looked: what stopped the supervisor too is no sign. Belongs to one thread.
+whatever it does instead, which a machine under load does not make of any process; but for one that waits for a disk
+(state D): the next one would wait for it too. Only time counts in which somebody looked: what stopped the supervisor
+too is no sign. Belongs to one thread.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ class Pulse:
         self._silent_s += min(since, _LOOK_MOST_S)
         if self._silent_s < STOPPED_S:
             return ""
-        pid = seen[0]
-        if self._silent_s >= SILENT_S:
+        pid, state = seen[0], _state(seen[0])
+        if self._silent_s >= SILENT_S and state != b"D":
             return f"(process {pid}) has done nothing for {SILENT_S:g} s"
-        if _stopped(pid) and waiting_faults(qemu):
+        if state in (b"T", b"t") and waiting_faults(qemu):
             return f"(process {pid}) was stopped, and memory is waited for"
         return ""
 
 
-def _stopped(pid: int) -> bool:
-    """By a signal or a debugger. Source: proc_pid_stat(5)."""
+def _state(pid: int) -> bytes:
+    """The letter of a process's state; empty if it has ended. Source: proc_pid_stat(5)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
-        return False  # it has ended
-    return stat[stat.rindex(b")") + 2 :][:1] in b"Tt"
+        return b""
+    return stat[stat.rindex(b")") + 2 :][:1]
