@@ -7,21 +7,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+KEY = bytes(range(64))
+"""Content of the key file that unlocks."""
 
 
 class Shell:
-    """Runs `perdure` with a state folder, repository and passphrase of its own."""
+    """Runs `perdure` with a state folder, repository and key file of its own. A passphrase, which costs every command
+    most of a second, is for tests that are about one."""
 
-    def __init__(self, root):
+    def __init__(self, root, passphrase=None):
         self.root = root
         self.repository = root / "repository"
         self.environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),  # the code beside these tests, whatever is installed
             "PERDURE_REPOSITORY": str(self.repository),
-            "PERDURE_PASSWORD": "correct horse",
             "PERDURE_STATE_DIR": str(root / "state"),
         }
+        if passphrase is None:
+            self.environment["PERDURE_KEY_FILE"] = str(self.write("key", KEY))
+        else:
+            self.environment["PERDURE_PASSWORD"] = passphrase
 
     def run(self, *words, **environment):
         """The finished process, whatever came of it; never with a traceback."""

@@ -13,3 +13,11 @@ def bare(tmp_path):
 def shell(bare):
     bare("init")
     return bare
+
+
+@pytest.fixture
+def worded(tmp_path):
+    """Of a repository that a passphrase unlocks."""
+    made = Shell(tmp_path, "correct horse")
+    made("init")
+    return made

@@ -15,19 +15,12 @@ from store_fixtures import image
 CONTENTS = {1: image(1, 300), 2: image(2, 200)}
 
 
-def cheap(shell):
-    """With a key file, which takes no time to unlock."""
-    shell.write("key", bytes(range(64)))
-    shell.environment |= {"PERDURE_KEY_FILE": str(shell.root / "key")}
-    return shell
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Two repositories with the same VM, made once: the second one's index is put in the place of the first one's."""
     roots = []
     for name in ("one", "two"):
-        shell = cheap(Shell(tmp_path_factory.mktemp(name)))
+        shell = Shell(tmp_path_factory.mktemp(name))
         shell("init")
         for number, content in CONTENTS.items():
             file = shell.write(f"image-{number}", content if name == "one" else content[::-1])
@@ -39,7 +32,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def shell(made, tmp_path):
     shutil.copytree(made[0], tmp_path / "copy")
-    shell = cheap(Shell(tmp_path / "copy"))
+    shell = Shell(tmp_path / "copy")
     shell("log")  # the copy is another inode: this examines it, and marks it as left in order
     return shell
 

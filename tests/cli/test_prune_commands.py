@@ -3,6 +3,7 @@
 import fcntl
 
 import pytest
+from perdure_shell import Shell
 from store_fixtures import PASSPHRASE, SETTINGS, Place, add, image
 
 from store import leases
@@ -10,19 +11,19 @@ from store.upkeep import reserve
 
 
 @pytest.fixture
-def pruned(bare):
+def pruned(tmp_path):
     """Two generations with little in common, of which the first is forgotten; unlocking takes no time."""
-    where = Place(bare.root, SETTINGS)
-    assert where.path == bare.repository
-    bare.environment["PERDURE_PASSWORD"] = PASSPHRASE.decode()
+    shell = Shell(tmp_path, PASSPHRASE.decode())
+    where = Place(shell.root, SETTINGS)
+    assert where.path == shell.repository
     a = image(1, 400)
     b = image(2, 300) + a[300 * 4096 :]
-    bare.write("b", b)
+    shell.write("b", b)
     with where.open() as repository:
         first = add(repository, "vm", {"ram": a})
         add(repository, "vm", {"ram": b}, first)
         repository.forget(first)
-    return bare
+    return shell
 
 
 def packs(shell) -> set[str]:

@@ -1,11 +1,13 @@
 """Check and repair as other programs use them: documents, exit codes, one-line errors."""
 
+import os
 import random
 import shutil
 import subprocess
 from contextlib import suppress
 
 import numpy as np
+from perdure_shell import KEY
 from store_fixtures import image
 
 from base import locks
@@ -13,7 +15,7 @@ from base.units import format_size
 from store.chunker import PackingSettings
 from store.index.chunks import LOCATION
 from store.keyring.files import read_key_files
-from store.keyring.slots import unlock
+from store.keyring.slots import KeyFile, unlock
 from store.repository import Repository
 
 PAGE = 4096
@@ -146,7 +148,8 @@ def test_an_import_with_ranges_of_a_hurt_parent_reads_everything(shell):
 
 def test_repair_takes_what_is_missing_from_other_repositories(shell):
     data = damaged(shell)
-    other = {"PERDURE_REPOSITORY": str(shell.root / "other"), "PERDURE_PASSWORD": "another one"}
+    opens = {"PERDURE_KEY_FILE": None, "PERDURE_PASSWORD": "another one"}
+    other = {"PERDURE_REPOSITORY": str(shell.root / "other"), **opens}
     shell("init", **other)
     shell.write("z", bytes(5 * PAGE) + data)
     shell("import", "strange", f"memory={shell.root / 'z'}", **other)
@@ -171,7 +174,7 @@ def test_what_cannot_be_repaired_is_said_with_what_can_be_done(shell):
     shell.write("a", image(1, 10))
     shell("import", "vm", "ram=a")
     shell("import", "vm", "ram=a")
-    added = shell.json("key", "add", "--label", "other", PERDURE_NEW_PASSWORD="another one")
+    added = shell.json("key", "add", "--label", "other", "--key-file", shell.write("other key", os.urandom(64)))
     assert added
     slots = sorted((shell.repository / "keys").iterdir(), key=lambda each: each.stat().st_mtime_ns)
     slots[-1].write_bytes(bytes(308))
@@ -190,7 +193,7 @@ def test_an_index_that_is_wrong_is_made_anew(shell):
     here = {"PERDURE_REPOSITORY": str(shell.root / "r")}
     shell("import", "vm", "ram=a", **here)
     path, state = shell.root / "r", shell.root / "state" / "repositories" / identity
-    keys = unlock(read_key_files(path), b"correct horse")
+    keys = unlock(read_key_files(path), KeyFile(KEY))
     with Repository(path, keys, state) as repository, repository.environment.write() as txn:
         wrong = np.zeros(1, LOCATION)
         wrong["pack"] = 1
@@ -216,7 +219,7 @@ def test_small_files_with_a_flipped_bit_or_from_a_copy_are_made_again_what_they_
     for name in "ab":
         shell.write(name, image(ord(name), 10))
         shell("import", "vm", f"ram={name}")
-    shell("key", "add", "--label", "other", PERDURE_NEW_PASSWORD="another one")
+    shell("key", "add", "--label", "other", "--key-file", shell.write("other key", os.urandom(64)))
     small = [
         path
         for folder in ("keys", "keyring", "records")

@@ -105,16 +105,16 @@ def test_a_lost_index_is_made_again(shell):
     assert shell("export", "vm@1", "ram", "-", PERDURE_STATE_DIR=str(shell.root / "other host")).stdout == image(3, 40)
 
 
-def test_wrong_passphrase_and_where_it_comes_from(shell):
-    assert "wrong passphrase" in shell.error("log", code=12, PERDURE_PASSWORD="wrong")
-    shell.write("file", b"correct horse\n")
+def test_wrong_passphrase_and_where_it_comes_from(worded):
+    assert "wrong passphrase" in worded.error("log", code=12, PERDURE_PASSWORD="wrong")
+    worded.write("file", b"correct horse\n")
     for environment in (
-        {"PERDURE_PASSWORD_FILE": str(shell.root / "file")},
-        {"PERDURE_PASSWORD_COMMAND": f"cat {shell.root / 'file'}"},
+        {"PERDURE_PASSWORD_FILE": str(worded.root / "file")},
+        {"PERDURE_PASSWORD_COMMAND": f"cat {worded.root / 'file'}"},
     ):
-        assert shell.json("log", PERDURE_PASSWORD=None, **environment) == {"generations": []}
-    assert "no passphrase" in shell.error("log", code=12, PERDURE_PASSWORD=None)
-    assert "nowhere" in shell.error("log", code=2, PERDURE_PASSWORD=None, PERDURE_PASSWORD_FILE="/nowhere")
+        assert worded.json("log", PERDURE_PASSWORD=None, **environment) == {"generations": []}
+    assert "no passphrase" in worded.error("log", code=12, PERDURE_PASSWORD=None)
+    assert "nowhere" in worded.error("log", code=2, PERDURE_PASSWORD=None, PERDURE_PASSWORD_FILE="/nowhere")
 
 
 def test_no_repository_or_a_foreign_one(bare):

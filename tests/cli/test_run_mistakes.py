@@ -128,7 +128,7 @@ def test_no_repository_and_wrong_passphrase(host):
     host.describe('repository = "missing"\n' + other)
     assert f"no repository at {host.root}/missing" in host.error("run", "vm.toml", code=10, **there)
     host.describe(other)
-    assert "wrong passphrase" in host.error("run", "vm.toml", code=12, PERDURE_PASSWORD="wrong")
+    assert "wrong passphrase" in host.error("run", "vm.toml", code=12, PERDURE_KEY_FILE=None, PERDURE_PASSWORD="wrong")
     assert not (host.root / "state" / "run" / "other").exists()
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from supervised import MEMORY, MIB, NAME, PAGE, Image, Supervised
+from supervised import KEY, MEMORY, MIB, NAME, PAGE, Image, Supervised
 from test_survival import IN_GUEST
 
 from perdure.opening import opened
+from store.keyring.slots import KeyFile
 from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
@@ -162,11 +163,10 @@ def chance(image: Image, kind: str, seed: int, qemu: str | None = None) -> Itera
     settings = f'qemu = "{qemu}"\n{disks}' if qemu else disks
     vm = Supervised(image, tracker=tracker, settings=settings, policy=POLICY, extra=BALLOON)
     with contextlib.closing(vm):
-        vm.tell_hook("nothing")
         (vm.folder / "raw").write_bytes(random.Random(seed).randbytes(16 * MIB))
         create = ["qemu-img", "create", "-f", "qcow2", vm.folder / "qcow", str(16 * MIB)]
         subprocess.run(create, check=True, capture_output=True)
-        with opened(vm.repository, given=b"correct horse", state=vm.folder / "index") as repository:
+        with opened(vm.repository, given=KeyFile(KEY), state=vm.folder / "index") as repository:
             made = Chance(vm, repository, seed)
             made.begin()
             try:

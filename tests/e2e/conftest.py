@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from supervised import APPEND
 
 from base.disk import Disk
 from vm import firmware, qemu
@@ -89,7 +90,7 @@ class Place:
             kernel = {
                 "kernel": self.image.kernel,
                 "initrd": self.initramfs(script),
-                "append": "console=ttyS0 quiet panic=-1 no_timer_check",
+                "append": APPEND,
             }
         return Description(**({"name": self.vm, "memory": Size(256 * MIB), "accelerator": "tcg"} | kernel | settings))
 

@@ -1,6 +1,8 @@
 """What the tests of survival have in the guest: sent to its runner after every boot, and run in its namespace.
 
-May be run again in the same boot. Programs that write without end are workers, which `finish` ends.
+May be run again in the same boot. Programs that write without end are workers, which `finish` ends. They pause for a
+moment in each step, except where never doing so is the point: a guest that never idles takes half of the machine from
+everything else that a test does.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import mmap
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 
 import perdure_guest
@@ -84,6 +87,7 @@ def count(name: str) -> memoryview:
 
     def step() -> None:
         numbers[0] += 1
+        time.sleep(0.001)
 
     work(step)
     return numbers

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -55,9 +56,10 @@ def in_background(call: Callable[[], Any]) -> list[Any]:
 def stop_agent() -> None:
     """SIGKILL."""
     for path in glob.glob("/proc/[0-9]*/cmdline"):
+        pid = int(path.split("/")[2])
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            if b"\0agent\0--foreground" in file.read():
-                os.kill(int(path.split("/")[2]), signal.SIGKILL)
+            if b"\0agent\0--foreground" in file.read() and pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
 
 
 def start_agent() -> None:
@@ -113,6 +115,12 @@ class Port:
 
         for work in (write, read):
             threading.Thread(target=work, daemon=True).start()
+
+    def answered(self, count: int) -> dict[str | None, int]:
+        """Wait for so many replies to `mark_pages`; `counts` as they are then."""
+        while sum(self.counts.values()) < count:
+            time.sleep(0.01)  # between two looks
+        return dict(self.counts)
 
     def close(self) -> None:
         """Give the port back."""

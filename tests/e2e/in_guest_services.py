@@ -153,6 +153,7 @@ class Client(threading.Thread):
                 text = f"{self.epoch} {number} " + "and so on " * 20
                 each.write(number, text + hashlib.sha256(text.encode()).hexdigest())
             self.written = self._counts["sqlite"]
+            time.sleep(0.005)  # for the host
 
     def end(self) -> None:
         """After a whole turn."""

@@ -1,9 +1,10 @@
 """The independent judge of guest memory: QEMU's own pmemsave, over a monitor that the supervisor does not use.
 
-As a program it is the `before_boot` hook of a VM under test: `judge.py FOLDER` saves all of the guest's memory to
-FOLDER/boots/N, where N counts the boots, and removes what it saved before. A file FOLDER/hook says what else it does:
-`fail` ends it with an error, `kill-supervisor` ends the supervisor as a power cut would, `nothing` lets the guest begin
-at once, all before it saves anything and only once.
+As a program it is the `before_boot` hook of a VM under test: where there is a folder FOLDER/boots, `judge.py FOLDER`
+saves all of the guest's memory to FOLDER/boots/N, where N counts the boots, and removes what it saved before. That is
+a second's work, and makes every hole of that memory a page of zeros: only tests that look have it. A file FOLDER/hook
+says what else it does: `fail` ends it with an error, `kill-supervisor` ends the supervisor as a power cut would,
+`nothing` lets the guest begin at once, all before it saves anything and only once.
 
 Standard library only, and quick to start. One monitor connection at a time; each call makes and ends its own.
 """
@@ -90,7 +91,8 @@ def before_boot(folder: Path) -> int:
             os.kill(os.getppid(), signal.SIGKILL)
             return 0
     boots = folder / BOOTS
-    boots.mkdir(exist_ok=True)
+    if not boots.is_dir():
+        return 0
     earlier = sorted(int(each.name) for each in boots.iterdir())
     number = earlier[-1] + 1 if earlier else 1
     Judge(folder).save(boots / str(number))

@@ -38,6 +38,10 @@ NAME = "demo"
 MEMORY = 256 * MIB
 REGION = 32 * MIB
 """Size of the only persistent region, pm0."""
+APPEND = "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests no5lvl"
+"""Kernel command line. The last two spare an emulated guest half a second of each boot."""
+KEY = bytes(range(64))
+"""Content of the key file that unlocks; the same for all, since VMs of a test may share a repository."""
 SECONDS = 120
 """For whatever is waited for: far more than anything takes, so that only what hangs fails."""
 
@@ -130,7 +134,8 @@ class Run:
 class Supervised:
     """A VM, its repository, and the commands that are used on it. `settings` are more lines of VM.toml, `policy` more
     of its policy, `extra` more arguments of QEMU; `repository` is elsewhere than beside it, if given; `memory` is
-    in bytes."""
+    in bytes. What unlocks is a key file, which costs nothing: a passphrase's second of Argon2id for every command is
+    only for the test that is about one (`passphrase`)."""
 
     def __init__(
         self,
@@ -142,6 +147,7 @@ class Supervised:
         extra: tuple[str, ...] = (),
         repository: Path | None = None,
         memory: int = MEMORY,
+        passphrase: str | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="p-", dir="/dev/shm"))
         self.state = self.folder / "state"
@@ -149,7 +155,8 @@ class Supervised:
         self.judge = Judge(self.folder)
         self.guest = GuestShell(self.folder / "test.sock")
         self.runs: list[Run] = []
-        (self.folder / "passphrase").write_text("correct horse\n")
+        unlocks = self.folder / ("key" if passphrase is None else "passphrase")
+        unlocks.write_bytes(KEY if passphrase is None else f"{passphrase}\n".encode())
         (self.folder / "VM.toml").write_text(
             f"""\
 name = "{NAME}"
@@ -157,7 +164,7 @@ memory = {memory}
 accelerator = "tcg"
 kernel = "{image.kernel}"
 initrd = "{image.initrd}"
-append = "console=ttyS0 quiet panic=-1 no_timer_check"
+append = "{APPEND}"
 extra = [
     "-qmp", "unix:{self.folder}/{judge.SOCKET},server=on,wait=off",
     "-chardev", "socket,id=test,path={self.folder}/test.sock,server=on,wait=off",
@@ -181,7 +188,7 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
             "PYTHONPATH": str(ROOT),  # the code beside these tests, whatever is installed
             "PERDURE_STATE_DIR": str(self.state),
             "PERDURE_REPOSITORY": str(self.repository),
-            "PERDURE_PASSWORD_FILE": str(self.folder / "passphrase"),
+            "PERDURE_KEY_FILE" if passphrase is None else "PERDURE_PASSWORD_FILE": str(unlocks),
         }
         self.run_environment: dict[str, str] = {}
         """What only supervisors have of it."""
@@ -288,7 +295,7 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
 
     @contextlib.contextmanager
     def before_boot(self) -> Iterator[dict[str, mmap.mmap]]:
-        """All of the guest's memory as the hook found it before the last boot's first instruction."""
+        """All of the guest's memory as the hook found it before the last boot's first instruction (`judge_boots`)."""
         [target] = (self.folder / judge.BOOTS).iterdir()
         with _mapped(target) as content:
             yield content
@@ -301,6 +308,10 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
     def tell_hook(self, what: str) -> None:
         """What the hook does at the next boot, once; see judge.py."""
         (self.folder / judge.HOOK).write_text(what)
+
+    def judge_boots(self) -> None:
+        """From now on, the hook saves memory for `before_boot`."""
+        (self.folder / judge.BOOTS).mkdir(exist_ok=True)
 
     # What happens to VMs
 
@@ -388,9 +399,14 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
         return found
 
     def _unmount(self) -> None:
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            if (path := line.split()[4]).startswith(f"{self.folder}/"):
-                subprocess.run(["umount", "--lazy", path], check=True)
+        """All of ours. The kernel's list of mounts may lack one while others are mounted and unmounted beside us."""
+        listed = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        found = [path for path in listed if path.startswith(f"{self.folder}/")]
+        for each in self.state.glob("run/*/memory"):
+            if each.is_mount() and str(each) not in found:
+                found.append(str(each))
+        for path in found:
+            subprocess.run(["umount", "--lazy", path], check=True)
 
 
 @contextlib.contextmanager

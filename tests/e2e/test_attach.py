@@ -18,7 +18,7 @@ from typing import Any
 
 import judge
 import pytest
-from supervised import MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
+from supervised import APPEND, MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
 from test_disks import WRITERS, image, methods
 from test_full import ORDINARY, different_pages, export, goes_on
 from test_survival import FIRMWARE, IN_GUEST, await_boot, content, go_down, write
@@ -60,7 +60,7 @@ class Theirs(Supervised):
             *("-device", "virtserialport,chardev=test,name=org.perdure.test.0"),
         ]
         boots = ["-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)]
-        boots += ["-append", "console=ttyS0 quiet panic=-1 no_timer_check"]
+        boots += ["-append", APPEND]
         return [
             *("qemu-system-x86_64", "-name", "theirs", "-nodefaults", "-display", "none"),
             *("-accel", "tcg", "-cpu", "max"),
@@ -190,12 +190,7 @@ def test_a_vm_of_somebody_else_is_captured_followed_and_left(theirs: Theirs) -> 
     theirs.left_alone()
     theirs.reboots_by_itself()
 
-    generation = theirs.log()[-1]["generation"]
-    found = export(theirs, generation, "pm0")
-    theirs.kill_qemu()
-    theirs.boot("--from", f"{NAME}@{generation}")  # a VM of Perdure's own from now on
-    theirs.guest.run(IN_GUEST)
-    assert theirs.guest.run(f"bytes(area('kept', {area.size})[{PAGE}:{2 * PAGE}]).hex()") == content(101, PAGE).hex()
+    found = export(theirs, theirs.log()[-1]["generation"], "pm0")
     assert area.of(found)[PAGE : 2 * PAGE] == content(101, PAGE)
 
 
@@ -236,7 +231,8 @@ def test_all_of_a_vm_of_somebody_else_can_be_captured_and_goes_on_here(guest_ima
         limit = vm.judge.execute("query-migrate-parameters")["max-bandwidth"] // 2
         vm.judge.execute("migrate-set-parameters", **{"max-bandwidth": limit})
         run = vm.attach()
-        write(vm, "kept", 1)
+        area = write(vm, "kept", 1)
+        vm.guest.run("change([1], 100)")
         vm.guest.run(ORDINARY + WRITERS)
 
         vm.judge.execute("stop")
@@ -266,6 +262,7 @@ def test_all_of_a_vm_of_somebody_else_can_be_captured_and_goes_on_here(guest_ima
         assert run.ended() == 0
         vm.boot("--from", f"{NAME}@{made['generation']}")
         goes_on(vm)  # every page of its ordinary memory is of that instant
+        assert vm.guest.run(f"bytes(area('kept', {area.size})[{PAGE}:{2 * PAGE}]).hex()") == content(101, PAGE).hex()
         vm.guest.run("finish()")
 
 

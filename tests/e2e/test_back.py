@@ -185,7 +185,6 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
         vm.guest.run(ORDINARY)
         goes_on(vm)
         memory_then = walked(vm)
-        vm.tell_hook("nothing")
         mixed = vm.perdure("rollback", point, "--disk", "two", "--force", "--lazy")
         assert mixed["lazy"]
         vm.run.expect(r"pause_ms_max is 1: after 2 rounds")

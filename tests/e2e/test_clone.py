@@ -30,7 +30,7 @@ pytestmark = pytest.mark.qemu
 
 SETTINGS = TWO_DISKS.replace('cache = "none"\n', "")
 UNIQUE = """
-import fcntl, subprocess
+import fcntl, subprocess, time
 busybox = "/bin/busybox"
 os.makedirs("/files")
 subprocess.run([busybox, "mount", "-t", "ext4", "/dev/vdb", "/files"], check=True)
@@ -44,6 +44,7 @@ asked = [0]
 def ask():
     perdure_guest.query_persistent_regions()
     asked[0] += 1
+    time.sleep(0.01)
 work(ask)
 
 def card():
@@ -77,6 +78,8 @@ class Copy:
             text = text.replace(f"{vm.folder}/{socket}", f"{folder}/{socket}")
         self.description = vm.folder / f"{name}.toml"
         hook = [sys.executable, "-IS", judge_program.__file__, str(folder)]
+        if judged:
+            (folder / judge_program.BOOTS).mkdir()
         hooks = f"[hooks]\nbefore_boot = {json.dumps(hook)}\n" if judged else ""
         self.description.write_text(text[: text.index("[hooks]")] + hooks)
         self.guest, self.judge = GuestShell(folder / "test.sock"), Judge(folder)

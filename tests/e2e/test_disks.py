@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import MIB, NAME, Image, Supervised
+from supervised import KEY, MIB, NAME, Image, Supervised
 from test_survival import boot, content, reboot
 
 from perdure.opening import opened
+from store.keyring.slots import KeyFile
 from store.reader import GenerationReader
 from store.repository import Repository
 
@@ -171,7 +172,7 @@ def vm(guest_image: Image) -> Iterator[DiskVM]:
         image("create", "-f", "qcow2", vm.folder / "qcow", 24 * MIB)
         for name in ("over", "also"):
             image("create", "-f", "qcow2", "-b", vm.folder / "base", "-F", "qcow2", vm.folder / name, 12 * MIB)
-        with opened(vm.repository, given=b"correct horse", state=vm.folder / "index") as vm.repository_here:
+        with opened(vm.repository, given=KeyFile(KEY), state=vm.folder / "index") as vm.repository_here:
             yield vm
         print(vm.report())
 

@@ -243,6 +243,7 @@ def test_a_rollback_to_a_full_generation_goes_on_from_its_instant(vm: Supervised
     vm.guest.run(f"memory[:] = content(6, {area.size})")
     goes_on(vm)
     before, generation_id, booted = vm.status(), vm.judge.execute("query-vm-generation-id"), vm.guest.boot_id
+    vm.judge_boots()
     asked = time.time()
     done = vm.perdure("rollback", f"{NAME}@{made['generation']}")
     assert done["resumed"]
@@ -303,6 +304,7 @@ def test_a_full_generation_can_be_gone_on_from_or_booted_after_power_loss(vm: Su
     goes_on(vm)
     number = full(vm)["generation"]
     vm.lose_power()
+    vm.judge_boots()
     boot(vm, "--from", f"{NAME}@{number}", "--boot")
     assert vm.guest.boot_id != booted
     with vm.before_boot() as found:
@@ -345,6 +347,7 @@ def write_disks():
         block[0] = block[8191] = step
         os.pwritev(disk, [buffer], at)
     disk_steps[0] = step
+    time.sleep(0.001)
 
 work(write_disks)
 """

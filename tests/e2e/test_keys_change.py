@@ -13,7 +13,7 @@ pytestmark = pytest.mark.qemu
 
 @pytest.fixture
 def vm(guest_image: Image) -> Iterator[Supervised]:
-    vm = Supervised(guest_image, tracker="scan")
+    vm = Supervised(guest_image, tracker="scan", passphrase="correct horse")
     try:
         vm.boot()
         yield vm

@@ -108,7 +108,6 @@ def put_back(packs: dict[Path, bytes]) -> None:
 
 
 def rolling_back(vm: Momentous, point: str, *words: str) -> Any:
-    vm.tell_hook("nothing")
     return vm.asked("rollback", point, "--lazy", "--json", *words)
 
 
@@ -178,7 +177,6 @@ def test_keys_are_rotated_and_servers_killed_while_memory_and_disks_come(guest_i
         vm.guest.run(f"memory[:] = content(4, {area.size})")
         writes_on(vm)
         packs = sorted(path.name for path in (vm.repository / "packs").iterdir())
-        vm.tell_hook("nothing")
         vm.at("migrate-incoming", paced(vm.runtime, record.FAULTS_ONLY))
         done = vm.perdure("rollback", point, "--lazy")
         assert done["resumed"] and done["lazy"] and done["captured"]
@@ -230,12 +228,10 @@ def test_where_memory_cannot_be_served_it_is_restored_before_and_that_is_said(gu
         area, booted = write(vm, "kept", 5), vm.guest.boot_id
         point = f"{NAME}@{full(vm)['generation']}"
         vm.guest.run(f"memory[:] = content(6, {area.size})")
-        vm.tell_hook("nothing")
         assert not vm.perdure("rollback", point, "--lazy", "--discard")["lazy"]
         restored_before(vm, "QEMU (pid")
         vm.perdure("stop", NAME)
         assert vm.run.ended() == 0
         forbid(vm, "pagemap_scan")
-        vm.tell_hook("nothing")
         vm.boot("--from", point, "--lazy")
         restored_before(vm, "PAGEMAP_SCAN does not work here")

@@ -36,6 +36,7 @@ def write_file():
         os.fsync(file.fileno())
     os.rename(name + "~", name)
     written[0] += 1
+    time.sleep(0.002)
 
 work(write_file)
 

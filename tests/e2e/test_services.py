@@ -48,7 +48,7 @@ def start(vm: Supervised) -> None:
     assert "dax=always" in vm.guest.run("start_services()")
 
 
-def writes(vm: Supervised, count: int = 50, guest: GuestShell | None = None) -> int:
+def writes(vm: Supervised, count: int = 20, guest: GuestShell | None = None) -> int:
     """The client gets so many answers; how many it has then."""
     guest = guest or vm.guest
     began = guest.run("client.written")
@@ -133,7 +133,6 @@ def test_redis_and_sqlite_keep_their_data_whatever_happens_to_the_vm(vm: Supervi
 
     vm.guest.run("client = Client('forgotten')")
     writes(vm)
-    vm.tell_hook("nothing")
     assert vm.perdure("rollback", point, "--lazy")["resumed"]
     assert vm.guest.wait_ready(SECONDS) == booted
     vm.guest.run("client.epoch = 'resumed'")

@@ -139,7 +139,10 @@ def serve(descriptor: int, runner: Runner) -> None:
 
 
 def main() -> int:
-    """Serve one host after the other, for ever."""
+    """Serve one host after the other, for ever; with the agent's arguments, beside the agent, a child of this process
+    that is like one of its own."""
+    if sys.argv[1:] == ["agent", "--foreground"] and not os.fork():
+        return perdure_guest.main(sys.argv[1:])
     descriptor = os.open(perdure_guest.find_port(PORT_NAME), os.O_RDWR | os.O_CLOEXEC)
     runner = Runner(descriptor)
     while True:

@@ -554,11 +554,11 @@ def test_processes_read_while_another_adds_and_merges_and_is_killed(tmp_path):
     opened_once = opened(tmp_path)
     with opened_once:
         pass
-    readers = [start(READER, tmp_path, until=60) for _ in range(2)]
+    readers = [start(READER, tmp_path, until=40) for _ in range(2)]
     try:
         assert [each.stdout.readline() for each in readers] == ["ready\n"] * 2
         last = -1
-        while last < 60:
+        while last < 40:
             writer = start(WRITER, tmp_path)
             try:
                 for _ in range(23):
@@ -703,6 +703,6 @@ class IndexAgainstDict(RuleBasedStateMachine):
 
 
 IndexAgainstDict.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=25, suppress_health_check=list(HealthCheck)
 )
 TestIndexAgainstDict = IndexAgainstDict.TestCase
