@@ -390,6 +390,18 @@ def _open_private(folder: Path) -> int:
     raise StorageError(str(folder), problem)
 
 
+def supervisor_of(folder: Path) -> int | None:
+    """Process that serves in a VM's runtime folder; None if nobody does. The lock is not touched for it."""
+    try:
+        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _holder(directory)
+    finally:
+        os.close(directory)
+
+
 def _holder(directory: int) -> int | None:
     """Process that holds the lock on an opened folder; None if the kernel does not say. Source: proc_locks(5)."""
     facts = os.fstat(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,14 @@ class Identity:
             return pidfd
         os.close(pidfd)
         return None
+
+
+def stopped_by_signal(pid: int) -> bool:
+    """Whether a process stands still until it gets SIGCONT. Source: proc_pid_stat(5)."""
+    with suppress(OSError, ValueError):
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return stat[stat.rindex(b")") + 2 :].startswith(b"T")
+    return False
 
 
 def ended(pidfd: int, timeout_s: float) -> bool:

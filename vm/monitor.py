@@ -23,6 +23,7 @@ from qemu.qmp import Runstate as Session
 from base.errors import VirtualMachineError
 from vm import addresses
 from vm.addresses import AddressMap
+from vm.identity import stopped_by_signal
 from vm.naming import Names
 from vm.qemu import Qemu
 
@@ -33,6 +34,9 @@ _RETRY_SECONDS = 0.002
 _SOME_SECONDS = 1.0
 """How often it is asked whether QEMU is excused."""
 _CLOSE_SECONDS = 2
+_END_SECONDS = 0.5
+"""For the end of a process whose monitor is gone: after that the session is taken for lost, and QEMU for alive. A guest
+may stand still meanwhile."""
 
 _Result = TypeVar("_Result")
 
@@ -59,8 +63,8 @@ class Event:
 class Events:
     """Events of some names from the moment it was made, in order; a context manager. Made by `Monitor.events`."""
 
-    def __init__(self, monitor: Monitor, client: QMPClient, names: tuple[str, ...]) -> None:
-        self._monitor, self._client = monitor, client
+    def __init__(self, monitor: Monitor, names: tuple[str, ...]) -> None:
+        self._monitor = monitor
         self._listener = EventListener(names or None)
 
     async def next(self, timeout_s: float | None = None, **data: Any) -> Event:
@@ -70,6 +74,10 @@ class Events:
         """
         return await self._monitor.bounded(self._matching(data), timeout_s, "an event")
 
+    def clear(self) -> None:
+        """Forget those that came and were not waited for."""
+        self._listener.clear()
+
     async def _matching(self, data: Mapping[str, Any]) -> Event:
         while True:
             event = Event.of(await self._listener.get())
@@ -77,14 +85,13 @@ class Events:
                 return event
 
     def __enter__(self) -> Events:
-        self._client.register_listener(self._listener)
+        self._monitor.listen(self._listener)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(ValueError):  # a lost session may have dropped it
-            self._client.remove_listener(self._listener)
+        self._monitor.listen_no_more(self._listener)
 
 
 def never() -> bool:
@@ -104,6 +111,9 @@ class Monitor:
         self.migration_bandwidth = BANDWIDTH_DEFAULT
         """Bytes a second that migrations may take that are not ours."""
         self._qemu, self._client = qemu, client
+        self._listeners: list[EventListener] = []
+        self.stopped = False
+        """Whether the guest stands still because of us, as far as QEMU has answered."""
         self._lost = asyncio.Event()
         self._wait_until: float | None = None
         self._watcher = asyncio.create_task(self._watch())
@@ -113,6 +123,24 @@ class Monitor:
         cls, qemu: Qemu, timeout_s: float = CONNECT_SECONDS, excused: Callable[[], bool] = never
     ) -> Monitor:
         """Retry until it answers. Raises VirtualMachineError, with QEMU's own words if it has ended."""
+        return cls(qemu, await cls._open(qemu, timeout_s, excused), excused)
+
+    async def connect_again(self, timeout_s: float = CONNECT_SECONDS) -> None:
+        """A session in the place of one that was lost. Who listens for events goes on, without those that came in
+        between. Raises VirtualMachineError as `connect` does; then this one stays lost."""
+        assert self.lost
+        client = await self._open(self._qemu, timeout_s, self.excused)
+        before, self._client = self._client, client
+        for each in self._listeners:
+            client.register_listener(each)
+        self._lost, self._wait_until = asyncio.Event(), None
+        self._watcher = asyncio.create_task(self._watch())
+        with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):  # it says once more how it ended
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await before.disconnect()
+
+    @staticmethod
+    async def _open(qemu: Qemu, timeout_s: float, excused: Callable[[], bool]) -> QMPClient:
         deadline = asyncio.get_running_loop().time() + timeout_s
         connected = False
         while True:
@@ -123,7 +151,7 @@ class Monitor:
             try:
                 async with asyncio.timeout_at(deadline):
                     await client.connect(str(qemu.folder.monitor))
-                return cls(qemu, client, excused)
+                return client
             except ConnectError as error:
                 connected = not isinstance(error.exc, OSError)
             except TimeoutError:
@@ -160,28 +188,59 @@ class Monitor:
 
     def events(self, *names: str) -> Events:
         """Listen for events of these names, or all; from the moment that it is entered, nothing is missed."""
-        return Events(self, self._client, names)
+        return Events(self, names)
+
+    def listen(self, listener: EventListener) -> None:
+        """What a listener asked for is put into it from now on, in this session and one that takes its place."""
+        self._client.register_listener(listener)
+        self._listeners.append(listener)
+
+    def listen_no_more(self, listener: EventListener) -> None:
+        """Undo `listen`."""
+        self._listeners.remove(listener)
+        with contextlib.suppress(ValueError):  # a lost session may have dropped it
+            self._client.remove_listener(listener)
 
     async def wait_event(self, name: str, timeout_s: float, **data: Any) -> Event:
         """The next event of that name with the given data. For what a command of ours causes, listen before it."""
         with self.events(name) as events:
             return await events.next(timeout_s, **data)
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """QEMU's, as in (7, 2), by its greeting."""
+        greeting = self._client.greeting
+        assert greeting is not None
+        version: Any = greeting.QMP.version["qemu"]
+        return int(version["major"]), int(version["minor"])
+
+    async def add_descriptor(self, name: str, descriptor: int) -> int:
+        """Hand QEMU a copy of an open file, which it keeps as /dev/fdset/N until `remove-fd`; gives N. The name is what
+        `query-fdsets` calls it. Raises VirtualMachineError.
+        """
+        self._send(descriptor)
+        return int((await self.execute("add-fd", opaque=name))["fdset-id"])
+
     async def give_descriptor(self, name: str, descriptor: int) -> None:
         """Hand QEMU a copy of an open file, under a name (`getfd`). Raises VirtualMachineError."""
+        self._send(descriptor)
+        await self.execute("getfd", fdname=name)
+
+    def _send(self, descriptor: int) -> None:
         try:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError) as error:
             raise VirtualMachineError(f"VM {self.vm}: cannot hand a descriptor to QEMU: {error}") from error
-        await self.execute("getfd", fdname=name)
 
     async def stop(self) -> None:
         """Pause the guest; its disk I/O is complete afterwards."""
+        self.stopped = True  # also if the answer does not come
         await self.execute("stop")
 
     async def cont(self) -> None:
         """Let the guest run."""
         await self.execute("cont")
+        self.stopped = False
 
     async def query_status(self) -> str:
         """QEMU's run state, as `running`, `paused`, `prelaunch`, `shutdown`."""
@@ -191,6 +250,11 @@ class Monitor:
         """Where the regions and `ram_size` bytes of main memory are in guest-physical memory now."""
         devices = await self.execute("query-memory-devices")
         return addresses.address_map(self.vm, devices, await self.human("info mtree -f"), ram_size, self.names)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the session has ended, from whichever side."""
+        return self._lost.is_set()
 
     async def wait_lost(self) -> None:
         """Return when the session has ended, from whichever side."""
@@ -219,9 +283,11 @@ class Monitor:
                     left -= some
             if task.done():
                 return task.result()
-            if self._lost.is_set():
+            if lost.done():  # there may be another session by now
                 raise await self._ended(what)
-            raise DeadlineError(f"VM {self.vm}: QEMU did not give {what} within {timeout_s:g} s")
+            pid = self._qemu.pid
+            why = f": process {pid} is stopped, kill -CONT {pid} lets it go on" if stopped_by_signal(pid) else ""
+            raise DeadlineError(f"VM {self.vm}: QEMU did not give {what} within {timeout_s:g} s{why}")
         finally:
             for each in (task, lost):
                 each.cancel()
@@ -229,7 +295,7 @@ class Monitor:
 
     async def _ended(self, what: str) -> VirtualMachineError:
         if self._wait_until is None:
-            self._wait_until = time.monotonic() + _CLOSE_SECONDS
+            self._wait_until = time.monotonic() + _END_SECONDS
         left = max(0.0, self._wait_until - time.monotonic())  # once for all that fails with the session
         if await asyncio.to_thread(self._qemu.wait, left):  # the socket closes before the process is gone
             return VirtualMachineError(f"VM {self.vm}: {self._qemu.end()} (while waiting for {what})")

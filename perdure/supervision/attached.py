@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from base.errors import ConflictError, PerdureError, one_line
+from base.errors import ConflictError, PerdureError, VirtualMachineError, one_line
 from base.progress import Progress
 from capture.generation import Captured, capture
 from capture.trackers import ScanTracker
@@ -29,6 +29,9 @@ from perdure.supervision.supervisor import Begin, Ended, Supervisor
 from store.repository import Repository
 from vm.content import Place
 from vm.hold import Cause, Hold
+
+_END_SECONDS = 10
+"""For a QEMU that may be about to end."""
 
 
 class AttachedSupervisor(Supervisor):
@@ -150,7 +153,17 @@ class AttachedSupervisor(Supervisor):
         if self._guard is not None:
             guard, self._guard = self._guard, None
             well = not isinstance(machine, BorrowedMachine) or machine.put_back
-            await self.in_store(lambda: guard.dismiss(well=well))
+            if not await self.in_store(lambda: guard.dismiss(well=well)) and machine is not None:
+                self.say(
+                    f"{self.vm}: QEMU (process {machine.pid}) does not answer: when it does, a process that stays for "
+                    "that leaves it as it was found"
+                )
+
+    async def reconnect(self, machine: Machine, error: VirtualMachineError) -> None:
+        """Its QEMU is left as it was found: who else might have it now is not known."""
+        if await self.in_store(lambda: machine.qemu.wait(_END_SECONDS)):
+            return
+        raise VirtualMachineError(f"{one_line(error)}; {self.vm} {self.left}") if machine.monitor.lost else error
 
     def _refuse(self, what: str, instead: str) -> NoReturn:
         raise ConflictError(f"VM {self.vm} was not launched by Perdure, and is not {what} by it: {instead}")

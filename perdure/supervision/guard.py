@@ -2,7 +2,8 @@
 
 It waits for the end of a pipe that only the supervisor has. If that ends without the word that all is well, the
 supervisor was killed: the guard leaves QEMU as it was found (perdure.supervision.leaving), so that the guest is not
-left stopped, and its next reboot is not held for nobody. Whoever kills both at once (a container, a control group)
+left stopped, and its next reboot is not held for nobody. Where QEMU hangs, it waits until that answers again, or ends,
+or somebody else supervises it. Whoever kills both at once (a container, a control group)
 leaves that to the next `perdure attach`.
 """
 
@@ -16,7 +17,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from base.errors import PerdureError
+from base.errors import PerdureError, VirtualMachineError
+from perdure.control import supervisor_of
 from perdure.supervision import leaving
 from vm.folder import RuntimeFolder
 from vm.monitor import Monitor
@@ -24,6 +26,7 @@ from vm.qemu import Qemu
 
 _WELL = b"well"
 _WAIT_SECONDS = 10
+_AGAIN_SECONDS = 1
 
 
 class Guard:
@@ -41,37 +44,47 @@ class Guard:
             start_new_session=True,
         )
 
-    def dismiss(self, *, well: bool) -> None:
-        """Blocking. `well`: QEMU was left as it was found; else the guard does that now."""
+    def dismiss(self, *, well: bool) -> bool:
+        """Blocking. `well`: QEMU was left as it was found; else the guard does that now. Whether it has come to an end:
+        if not, it goes on without us."""
         pipe = self._process.stdin
         assert pipe is not None
         with suppress(OSError):  # somebody has killed it
             if well:
                 pipe.write(_WELL)
             pipe.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_WAIT_SECONDS)
+        try:
+            return self._process.wait(_WAIT_SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            self._process.returncode = 0  # or its destructor complains
+            return False
 
 
-async def _put_back(folder: RuntimeFolder) -> None:
+async def _put_back(folder: RuntimeFolder, former: int) -> None:
+    """`former`: the supervisor that ended, or is about to."""
     qemu = Qemu.find(folder)
     if qemu is None:
         return
     with qemu:
         attachment = leaving.attachment_of(qemu.record)
-        if attachment is not None:
-            async with await Monitor.connect(qemu) as monitor:
-                await leaving.put_back(monitor, folder, attachment)
+        while attachment is not None and qemu.alive() and supervisor_of(folder.path) in (None, former):
+            try:
+                async with await Monitor.connect(qemu) as monitor:
+                    await leaving.put_back(monitor, folder, attachment)
+                return
+            except VirtualMachineError:  # it hangs, or serves somebody else
+                await asyncio.sleep(_AGAIN_SECONDS)
 
 
 def main(arguments: list[str]) -> int:
     """The guard: waits, and acts if it has to."""
+    former = os.getppid()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     if sys.stdin.buffer.read() == _WELL:
         return 0
     try:
-        asyncio.run(_put_back(RuntimeFolder(arguments[0], Path(arguments[1]))))
+        asyncio.run(_put_back(RuntimeFolder(arguments[0], Path(arguments[1])), former))
     except PerdureError as error:
         print(error, file=sys.stderr)
         return 1

@@ -123,6 +123,11 @@ class Machine:
             if not await self.held():
                 raise
 
+    def go_on_without_session(self) -> None:
+        """Let a guest go on that stands still because of us, where the session in which it was stopped is lost."""
+        if self.monitor.stopped:
+            self.qemu.let_go_on()
+
     async def next_hold(self) -> hold.Hold | None:
         """Wait until the guest stops itself; None when QEMU has ended. Raises VirtualMachineError if it hangs."""
         try:
@@ -132,7 +137,7 @@ class Machine:
                 if found.cause is not hold.Cause.TERMINATION and await self.held():
                     return found
         except VirtualMachineError:
-            if await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
+            if await asyncio.to_thread(self.qemu.wait, 0 if self.monitor.lost else _QUIT_SECONDS):
                 return None
             raise
 
@@ -363,8 +368,11 @@ class Machine:
         self.memory.release()
 
     async def disconnect(self) -> None:
-        """Leave QEMU as it is, for the next supervisor."""
+        """Leave QEMU as it is, for the next supervisor; a guest that stands still because of us goes on, also where the
+        session that it was stopped in is lost."""
         await self._stop_tasks()
+        if self.monitor.lost:
+            self.go_on_without_session()
         await self.monitor.disconnect()
         self.tracking.close()
         lazy, self.lazy = self.lazy, None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from base.errors import ConflictError, IntegrityError, PerdureError, one_line
+from base.errors import ConflictError, IntegrityError, PerdureError, VirtualMachineError, one_line
 from base.progress import Progress
 from capture.generation import Captured
 from perdure import documents
@@ -33,6 +33,7 @@ from perdure.supervision.launcher import Launcher
 from perdure.supervision.machine import Machine
 from perdure.supervision.preparing import Preparation
 from perdure.supervision.preview import preview
+from perdure.supervision.reconnecting import Reconnecting
 from perdure.supervision.requests import Requests
 from perdure.supervision.rollback import Rollback, RolledBack, carry_out
 from perdure.supervision.schedule import Due, Timetable
@@ -95,6 +96,7 @@ class Supervisor:
         self.draining = Draining(self)
         self.left = _LEFT
         self.capturing = Capturing(self)
+        self._reconnecting = Reconnecting(self)
         self._beside: list[asyncio.Task[None]] = []
 
     @property
@@ -278,14 +280,32 @@ class Supervisor:
 
     async def _watch(self, machine: Machine) -> None:
         """Act on what QEMU says until it is gone."""
-        while (found := await machine.next_hold()) is not None:
-            async with self.operation:
-                if self._machine is not machine:
-                    return
-                if await machine.held():  # and not rebooted by a command meanwhile
-                    await self._held(machine, found)
+        while True:
+            try:
+                found = await machine.next_hold()
+                if found is None:
+                    break
+                async with self.operation:
+                    if self._machine is not machine:
+                        return
+                    if await machine.held():  # and not rebooted by a command meanwhile
+                        await self._held(machine, found)
+            except VirtualMachineError as error:
+                await self.reconnect(machine, error)
         if self._machine is machine:
             await self._died(machine)
+
+    async def reconnect(self, machine: Machine, error: VirtualMachineError) -> None:
+        """Go on after the session with the monitor has ended with an error, or raise it."""
+        await self._reconnecting.after(machine, error)
+
+    def is_of(self, machine: Machine) -> bool:
+        """Whether this machine is still the one that is supervised."""
+        return self._machine is machine
+
+    async def go_on_from_hold(self, machine: Machine, found: Hold) -> None:
+        """A hold that nobody saw begin; under the lock."""
+        await self._held(machine, found)
 
     def _watched(self, watcher: asyncio.Task[None]) -> None:
         """Without a watcher, and be it for a defect of ours, there is no supervisor."""

@@ -105,7 +105,7 @@ def rig(place: Place) -> Iterator[FaultyRig]:
 def test_a_qemu_that_fails_a_capture_in_the_middle_goes_on_and_the_next_one_is_right(
     rig: FaultyRig, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vm.monitor._CLOSE_SECONDS", 0.05)  # QEMU does not end, be the time short or long
+    monkeypatch.setattr("vm.monitor._END_SECONDS", 0.05)  # QEMU does not end, be the time short or long
     rig.run(lambda: rig.captured("rescan"))
     faults = 0
     for command in range(0, 1000, STEP):

@@ -280,6 +280,21 @@ def test_a_second_session_is_told_that_there_is_one(place):
         asyncio.run(run())
 
 
+def test_a_guest_that_was_stopped_in_a_session_that_is_lost_goes_on_without_one(place):
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            await monitor.cont()
+            await monitor.stop()
+            assert monitor.stopped
+        process.let_go_on()
+        async with await Monitor.connect(process) as monitor:
+            while await monitor.query_status() != "running":
+                assert process.alive()
+
+    with place.launch(place.describe()) as process:
+        asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_a_monitor_whose_socket_is_gone_is_named(place):
     async def run():
         async with await Monitor.connect(process):

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 
 SUPERVISION = (
     *("supervisor", "launcher", "machine", "running", "execution", "rollback"),
-    *("background", "lazily", "draining", "quiescing", "capturing"),
+    *("background", "lazily", "draining", "quiescing", "capturing", "reconnecting"),
     *("borrowed", "guard"),
 )
 """Modules of supervision that run in the supervisor's loop."""

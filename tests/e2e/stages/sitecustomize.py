@@ -1,12 +1,14 @@
-"""For a supervisor that is to be killed at one stage of a capture: Python runs this first where it is on the path.
+"""For a supervisor to which something happens at one stage of its work: Python runs this first where it is on the path.
 
 PERDURE_TEST_STAGES names a folder. While it has a file `armed` with a number, each step of the supervisor towards QEMU
 (a command) and towards the disk (of base.disk) is counted and written to its file `trace`; at that number the
-supervisor is killed with SIGKILL, before the step is taken.
+supervisor is killed with SIGKILL, before the step is taken. If `armed` has the name of a command, its session with
+QEMU's monitor is cut before that command is given.
 """
 
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -23,21 +25,24 @@ _execute = Monitor.execute
 def _step(name):
     global _taken, _order
     if os.getpid() != _supervisor:
-        return
+        return False
     with _lock:
         try:
-            armed = int((_folder / "armed").read_text())
+            armed = (_folder / "armed").read_text()
             order = (_folder / "armed").stat().st_mtime_ns
         except FileNotFoundError:
-            return
+            return False
         if order != _order:
             _taken, _order = 0, order
-        if _taken == armed:
+        if armed in (name, str(_taken)):
             (_folder / "armed").unlink()
+            if armed == name:
+                return True
             os.kill(os.getpid(), signal.SIGKILL)
         _taken += 1
         with (_folder / "trace").open("a") as trace:
             trace.write(f"{name}\n")
+    return False
 
 
 def _disk_step(_, operation, path):
@@ -45,7 +50,8 @@ def _disk_step(_, operation, path):
 
 
 async def _monitor_execute(monitor, command, /, **arguments):
-    _step(command)
+    if _step(command):
+        monitor._client._writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
     return await _execute(monitor, command, **arguments)
 
 
