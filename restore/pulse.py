@@ -11,10 +11,10 @@ too is no sign. Belongs to one thread.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from restore import claims as record
 from restore.claims import Claims
+from vm.identity import state_of
 from vm.userfaultfd import waiting_faults
 
 STOPPED_S, SILENT_S = 2.0, 20.0
@@ -42,18 +42,9 @@ class Pulse:
         self._silent_s += min(since, _LOOK_MOST_S)
         if self._silent_s < STOPPED_S:
             return ""
-        pid, state = seen[0], _state(seen[0])
-        if self._silent_s >= SILENT_S and state != b"D":
+        pid, state = seen[0], state_of(seen[0])
+        if self._silent_s >= SILENT_S and state != "D":
             return f"(process {pid}) has done nothing for {SILENT_S:g} s"
-        if state in (b"T", b"t") and waiting_faults(qemu):
+        if state in ("T", "t") and waiting_faults(qemu):
             return f"(process {pid}) was stopped, and memory is waited for"
         return ""
-
-
-def _state(pid: int) -> bytes:
-    """The letter of a process's state; empty if it has ended. Source: proc_pid_stat(5)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return b""
-    return stat[stat.rindex(b")") + 2 :][:1]

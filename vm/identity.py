@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +41,14 @@ class Identity:
         return None
 
 
-def stopped_by_signal(pid: int) -> bool:
-    """Whether a process stands still until it gets SIGCONT. Source: proc_pid_stat(5)."""
-    with suppress(OSError, ValueError):
+def state_of(pid: int) -> str:
+    """The letter of a process's state, as `T` where it stands still until it gets SIGCONT; empty if it has ended.
+    Source: proc_pid_stat(5)."""
+    try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
-        return stat[stat.rindex(b")") + 2 :].startswith(b"T")
-    return False
+    except OSError:
+        return ""
+    return chr(stat[stat.rindex(b")") + 2])
 
 
 def ended(pidfd: int, timeout_s: float) -> bool:

@@ -23,7 +23,7 @@ from qemu.qmp import Runstate as Session
 from base.errors import VirtualMachineError
 from vm import addresses
 from vm.addresses import AddressMap
-from vm.identity import stopped_by_signal
+from vm.identity import state_of
 from vm.naming import Names
 from vm.qemu import Qemu
 
@@ -286,7 +286,7 @@ class Monitor:
             if lost.done():  # there may be another session by now
                 raise await self._ended(what)
             pid = self._qemu.pid
-            why = f": process {pid} is stopped, kill -CONT {pid} lets it go on" if stopped_by_signal(pid) else ""
+            why = f": process {pid} is stopped, kill -CONT {pid} lets it go on" if state_of(pid) == "T" else ""
             raise DeadlineError(f"VM {self.vm}: QEMU did not give {what} within {timeout_s:g} s{why}")
         finally:
             for each in (task, lost):
