@@ -57,6 +57,10 @@ class Background:
         self._zeros: deque[tuple[Served, int]] = deque()
         self._kept_bytes = 0
         self._placer: Placer | None = None
+        unknown = [served for served in regions if not len(working_set.pages(served.name))]
+        for served in unknown:  # a cold QEMU starts, and reads from the same disk: what nobody is known to want waits
+            served.plan.reads_ahead = False
+        self._nodes_ahead = deque(unknown)
         self.begin()
 
     def begin(self) -> None:
@@ -70,12 +74,17 @@ class Background:
     def attach(self, placer: Placer) -> None:
         """There is a QEMU to put pages into."""
         self._placer = placer
+        for served in self._regions:
+            served.plan.read_ahead()
 
     # Steps
 
     def get_ready(self) -> bool:
         """One step that needs no QEMU; False if there is none. What cannot be read now is met again."""
         try:
+            if self._nodes_ahead:
+                self._nodes_ahead.popleft().plan.read_nodes_ahead()
+                return True
             if self._fetching is not None and self._kept_bytes < _KEPT_BYTES:
                 try:
                     found = next(self._fetching)
@@ -105,7 +114,7 @@ class Background:
         return True
 
     def fetch(self) -> bool:
-        """Open or put one frame of what earlier resumes touched first; False if that is done. Raises ConflictError."""
+        """Put one frame of what earlier resumes touched first; False if that is done. Raises ConflictError."""
         if self._zeros:
             self.put_zeros(*self._zeros.popleft())
             return True
@@ -119,7 +128,7 @@ class Background:
                 self._fetching = None
             else:
                 if found is not None:
-                    self._kept.append(found)  # it is put in the next step: somebody may wait by now
+                    self._put_known(*found)
                 return True
         self._claims.set(record.FETCHED, 1)
         return False

@@ -104,7 +104,9 @@ class RegionPlan:
         self.finished = np.zeros(self.count, np.bool_)
         """Windows of which nothing is left to place: what of them is not claimed is zero."""
         self._nodes, self._stored, self._frames = _KeptNodes(nodes), nodes, frames
-        self._expected = {0}
+        self._expected, self._put_off = {0}, set[int]()
+        self.reads_ahead = True
+        """Whether packs that come up are read ahead at once; `read_ahead` does it for those that came up before."""
         self._opened: OrderedDict[tuple[int, int], Frame] = OrderedDict()
 
     @property
@@ -194,10 +196,30 @@ class RegionPlan:
         self._expect(places)
         return places
 
+    def read_ahead(self) -> None:
+        """From now on, and for what came up before."""
+        self.reads_ahead, put_off = True, self._put_off
+        self._read(put_off)
+
+    def read_nodes_ahead(self) -> None:
+        """Have the kernel read the packs in which the page map is, as far as its top tells. Raises IntegrityError,
+        StorageError."""
+        root = self.region.root
+        if root.height > 2:
+            [top] = self._nodes.fetch(root.height, np.frombuffer(root.id, np.uint8).reshape(1, -1))
+            self._read(set(self._stored.locate(top[top.any(axis=1)])["pack"].tolist()))
+
     def _expect(self, locations: NDArray[np.void]) -> None:
         """Have the kernel read packs that come up first: on a cold disk a frame takes nearly twice as long."""
-        for pack in distinct(locations["pack"]).tolist():
-            if pack not in self._expected and len(self._expected) <= _EXPECTED_PACKS:
+        packs = set(distinct(locations["pack"]).tolist())
+        if self.reads_ahead:
+            self._read(packs)
+        else:
+            self._put_off |= packs
+
+    def _read(self, packs: set[int]) -> None:
+        for pack in sorted(packs - self._expected):
+            if len(self._expected) <= _EXPECTED_PACKS:
                 self._expected.add(pack)
                 with suppress(IntegrityError):
                     self._frames.expect(pack)

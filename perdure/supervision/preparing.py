@@ -25,6 +25,9 @@ from vm.command_line import Platform, command_line, devices_of
 from vm.config import RAM
 from vm.memory import BackingFile, Memory
 
+_INDEX_BYTES = 64 << 20
+"""Of an index that is read ahead for a resume; of a larger one much is not wanted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -89,6 +92,8 @@ class Preparation:
         """
         resumed = generation if generation is not None and generation.full and not boot else None
         readahead.expect((self._description.kernel, self._description.initrd))
+        if resumed is not None:  # each page of its memory is looked up there
+            readahead.expect((repository.environment.path,), bytes_max=_INDEX_BYTES)
         self.local.folder.create()
         platform, reason, problems = self.fitting(generation, boot=boot)
         memory = Memory.prepare(
