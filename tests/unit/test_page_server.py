@@ -180,6 +180,18 @@ def test_what_is_touched_first_is_what_was_stored_and_then_comes_the_rest(lazily
     assert 0 < told["fault_us_p50"] <= told["fault_us_p99"]
 
 
+def test_what_stands_in_the_same_frame_comes_along_and_zeros_with_their_neighbours(lazily):
+    lazily.serve()
+    claims, first = lazily.lazy.claims, -(-PAGES // 16) * 16
+    before = claims.word(record.FAULTS)
+    assert lazily.guest.touch(first + 5) == bytes(PAGE)
+    lazily.until(lambda: claims.pages["ram"][first : first + 16].all(), "its neighbours are missing")
+    page = next(page for page in range(1000, PAGES) if any(lazily.page(page)))
+    assert lazily.guest.touch(page) == lazily.page(page)
+    lazily.until(lambda: claims.word(record.PLACED) >= 20, "nothing came along")  # of a frame of 32
+    assert claims.word(record.FAULTS) == before + 2
+
+
 def test_pages_that_are_placed_do_not_count_as_written_and_those_that_are_written_do(lazily):
     lazily.serve()
     first = next(page for page in range(PAGES) if any(lazily.page(page)))
