@@ -94,8 +94,6 @@ async def freeze(monitor: Monitor, folder: RuntimeFolder, disks: Sequence[str]) 
         filter_ = {"driver": "copy-before-write", "node-name": f"{_FILTER}{number}", "file": monitor.names.node(disk)}
         await _add(monitor, filter_ | {"target": f"{_OLD}{number}", "on-cbw-error": "break-snapshot"})
         await _use(monitor, disk, f"{_FILTER}{number}")
-        then = {"driver": "snapshot-access", "node-name": f"{_THEN}{number}", "file": f"{_FILTER}{number}"}
-        await _add(monitor, then)
 
 
 async def export(
@@ -108,6 +106,8 @@ async def export(
     address = {"type": "unix", "data": {"path": str(folder.disks)}}
     await monitor.execute("nbd-server-start", addr=address)
     for number, disk in enumerate(disks):
+        then = {"driver": "snapshot-access", "node-name": f"{_THEN}{number}", "file": f"{_FILTER}{number}"}
+        await _add(monitor, then)  # the filter has kept the instant: showing it need not be in the pause
         arguments: dict[str, Any] = {"type": "nbd", "id": f"{_OURS}{number}", "node-name": f"{_THEN}{number}"}
         if bitmaps and disk in bitmaps:
             arguments["bitmaps"] = [{"node": monitor.names.node(disk), "name": bitmaps[disk]}]

@@ -1,8 +1,9 @@
-"""A VM's device state through QEMU's migration, over a pipe: saved from a stopped guest, loaded into a fresh QEMU.
+"""A VM's device state through QEMU's migration: saved from a stopped guest, loaded into a fresh QEMU.
 
 With the capability x-ignore-shared the stream leaves out memory that lies in shared backing files; what it holds is
-the state of processors and devices, ROMs, and video memory, so that it is as secret as memory: it goes over a pipe
-(`getfd`, `fd:`) and is never a file. (`exec:` is not used: under `-sandbox spawn=deny` it kills QEMU.)
+the state of processors and devices, ROMs, flash and video memory, so that it is as secret as memory: it goes into a
+memory file without a name, out of it over a pipe, and is never on a disk. (`exec:` is not used: under `-sandbox
+spawn=deny` it kills QEMU.)
 
 A save is three steps, so that only the second is in the guest's pause: `prepare`, `save`, `take_back`. Nothing of ours
 stays in QEMU after the third, whatever the second did; after a supervisor that was killed between them, `clean_up` is
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import select
 from collections.abc import Collection
@@ -28,14 +28,15 @@ from vm.monitor import Monitor
 SECONDS = 60
 """For a stream of some hundred kilobytes, or some ten megabytes with video memory."""
 STATE_BYTES_MAX = 1 << 30
-"""More is no state of devices, and is not kept in memory."""
+"""More is no state of devices, and is not kept."""
 
 _NAME = "perdure-state"
 _URI = f"fd:{_NAME}"
+_FILES, _ACTIVATES = (8, 2), (10, 0)
+"""From which version of QEMU on it migrates to files, and has `blockdev-set-active`."""
 _SHARED = "x-ignore-shared"
 _BANDWIDTH = 1 << 40  # bytes a second: no limit, since the guest is stopped
 _LOOK_SECONDS = 0.001
-_PIPE_BYTES = 1 << 20  # what any user may ask for, see pipe(7)
 _ENDED = ("completed", "failed", "cancelled")
 
 
@@ -75,28 +76,22 @@ async def save(monitor: Monitor) -> int:
 
     Raises VirtualMachineError; the guest can go on in any case.
     """
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    given_up = os.eventfd(0, os.EFD_CLOEXEC)
-    reading = asyncio.create_task(asyncio.to_thread(_read_all, monitor.vm, read_end, given_up))
+    memory = os.memfd_create("perdure devices", os.MFD_CLOEXEC)
     try:
-        try:
-            await _write_state(monitor, write_end)
-        finally:
-            os.close(write_end)  # the stream ends when QEMU closes its copy
-        return await asyncio.shield(reading)
+        await _write_state(monitor, memory)
+        size = os.fstat(memory).st_size
+        if size > STATE_BYTES_MAX:
+            raise VirtualMachineError(f"VM {monitor.vm}: its device state has {size} bytes: {STATE_BYTES_MAX} at most")
     except BaseException:
-        os.eventfd_write(given_up, 1)  # a QEMU that hangs does not close its copy
-        with contextlib.suppress(VirtualMachineError, OSError):  # the first error says what is wrong
-            os.close(await reading)
+        os.close(memory)
         raise
-    finally:
-        os.close(given_up)
+    return memory
 
 
-async def _write_state(monitor: Monitor, write_end: int) -> None:
+async def _write_state(monitor: Monitor, memory: int) -> None:
+    """Have QEMU write it, itself: with a pipe and a reader in between, 4 MiB of UEFI's flash took twice as long."""
     try:
-        await monitor.give_descriptor(_NAME, write_end)
-        await monitor.execute("migrate", uri=_URI)
+        await monitor.execute("migrate", uri=await _given(monitor, memory))
         await _completed(monitor, "save")
     except BaseException:
         with contextlib.suppress(VirtualMachineError):
@@ -105,9 +100,25 @@ async def _write_state(monitor: Monitor, write_end: int) -> None:
     await _activate_disks(monitor)
 
 
+async def _given(monitor: Monitor, memory: int) -> str:
+    """The address of a memory file for `migrate`: since 8.2 QEMU has one for files, and `fd:` is for streams."""
+    if monitor.version < _FILES:
+        await monitor.give_descriptor(_NAME, memory)
+        return _URI
+    writable = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        return f"file:/dev/fdset/{await monitor.add_descriptor(_NAME, writable)}"
+    finally:
+        os.close(writable)
+
+
 async def take_back(monitor: Monitor) -> None:
-    """Undo `prepare`. Raises VirtualMachineError."""
+    """Undo `prepare`, and let go of what QEMU was given. Raises VirtualMachineError."""
     await _set_bandwidth(monitor, monitor.migration_bandwidth)
+    for each in await monitor.execute("query-fdsets"):
+        if any(one.get("opaque") == _NAME for one in each["fds"]):
+            arguments: dict[str, Any] = {"fdset-id": each["fdset-id"]}
+            await monitor.execute("remove-fd", **arguments)
     await _set_shared(monitor, False)
 
 
@@ -190,42 +201,8 @@ async def _abandon(monitor: Monitor) -> None:
 
 async def _activate_disks(monitor: Monitor) -> None:
     """QEMU 10 leaves disks to whom they were migrated until it is told; older versions take them back by `cont`."""
-    try:
+    if monitor.version >= _ACTIVATES:
         await monitor.execute("blockdev-set-active", active=True)
-    except VirtualMachineError as error:
-        if "has not been found" not in str(error):
-            raise
-
-
-def _read_all(vm: str, read_end: int, given_up: int) -> int:
-    """Everything out of a pipe, which is closed then, into a memory file.
-
-    Raises VirtualMachineError if it is too much, or when there is something to read in `given_up`: its writer finds the
-    pipe closed.
-    """
-    memory = os.memfd_create("perdure devices", os.MFD_CLOEXEC)
-    try:
-        with open(read_end, "rb", buffering=0) as pipe:
-            with contextlib.suppress(OSError):  # it works with a smaller one as well
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            size = 0
-            poll = select.poll()
-            for each in (read_end, given_up):
-                poll.register(each, select.POLLIN)
-            while True:
-                if given_up in dict(poll.poll()):
-                    raise VirtualMachineError(f"VM {vm}: its device state was given up")
-                data = pipe.read(_PIPE_BYTES)
-                if not data:
-                    break
-                size += len(data)
-                if size > STATE_BYTES_MAX:
-                    raise VirtualMachineError(f"VM {vm}: its device state has more than {STATE_BYTES_MAX} bytes")
-                os.write(memory, data)
-    except BaseException:
-        os.close(memory)
-        raise
-    return memory
 
 
 def _write_all(write_end: int, data: bytes, given_up: int) -> None:
