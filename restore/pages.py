@@ -19,6 +19,7 @@ from contextlib import ExitStack
 
 from base.errors import VirtualMachineError
 from base.units import PAGE
+from base.workers import usable_cores
 from restore import claims as record
 from restore.background import UNREADABLE, Background
 from restore.claims import Claims
@@ -38,7 +39,8 @@ _AFTER_FAULT_S, _STARVED_S = 0.002, 0.02
 _FIRST_S, _AFTER_FIRST_S, _STARVED_FIRST_S = 2.0, 0.02, 0.25
 """The same for the first seconds, in which a guest that goes on touches most of what it works with."""
 _SPIN_S = 0.001
-"""The next fault is looked for without sleeping so long after one: being woken takes some 50 us."""
+"""The next fault is looked for without sleeping so long after one, where the guest has a core of its own: being woken
+takes some 50 us."""
 _RESTS_MAX = 64
 """Frames of which a part was not placed yet, at most; what is given up is filled in later."""
 _RETRY_S = 0.25
@@ -76,7 +78,7 @@ class PageServer:
         self._fetches = self._fills = True
         self._rest: deque[Iterator[None]] = deque(maxlen=_RESTS_MAX)
         self._began_at = self._answered_at = 0.0
-        self._spins = False
+        self._spins, self._spin_s = False, _SPIN_S if usable_cores() > 1 else 0.0
         self._background = Background(self._regions, claims, working_set, self._not_read)
 
     def get_ready(self) -> bool:
@@ -103,7 +105,7 @@ class PageServer:
         self._claims.tell_problem("")
         self._claims.set(record.SERVERS, self._claims.word(record.SERVERS) + 1)
         self._claims.set(record.PHASE, record.SERVING)
-        self._began_at = time.monotonic()
+        self._began_at = self._filled_at = time.monotonic()
 
     def serve(self, qemu: int) -> None:
         """Until QEMU ends (`qemu` is its pidfd), or somebody ends this process.
@@ -237,7 +239,7 @@ class PageServer:
         if self._rest:
             return 0
         pause = self._unhurried_ms(now)
-        self._spins = pause > 0 and now - self._answered_at < _SPIN_S
+        self._spins = pause > 0 and now - self._answered_at < self._spin_s
         return 0 if self._spins else pause
 
     def _unhurried_ms(self, now: float) -> float:
