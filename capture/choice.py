@@ -14,6 +14,7 @@ import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from base.errors import ConflictError
@@ -35,6 +36,7 @@ _FOREIGN_FILES = ("/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa", "/dev/vhost-scs
 _DISCARDING_DEVICES = ("virtio-balloon", "virtio-mem", "hv-balloon")
 
 _FIRST_KERNEL = (6, 7)
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def probe_facts(
         block_drivers=tuple(sorted({str(node.get("drv", "")) for node in nodes})),
         direct_io=any(bool(node.get("cache", {}).get("direct")) for node in nodes),
         files=_open_files(pid),
-        access=_access_problem(pid),
+        access=access_problem(pid),
     )
 
 
@@ -164,8 +166,9 @@ def _open_files(pid: int) -> tuple[str, ...]:
         return ()
 
 
-def _access_problem(pid: int) -> str | None:
-    """Why ptrace is not allowed, asked without touching QEMU: opening its memory takes the same permission.
+def access_problem(pid: int) -> str | None:
+    """Why ptrace is not allowed, and with it reading QEMU's memory; None if it is. Asked without touching QEMU: opening
+    its memory takes the same permission. Raises OSError if it is gone.
 
     Source: ptrace(2), "Ptrace access mode checking"; proc_pid_mem(5).
     """
@@ -174,5 +177,26 @@ def _access_problem(pid: int) -> str | None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM):
             raise
-        return f"QEMU (pid {pid}) may not be traced ({error.strerror}): root or CAP_SYS_PTRACE is needed"
+        return f"QEMU (pid {pid}) may not be traced ({error.strerror}): {tracing_remedy(_yama_scope())}"
     return None
+
+
+def tracing_remedy(scope: int) -> str:
+    """What lets a process trace another one of its user. `scope`: kernel.yama.ptrace_scope, 0 where there is no Yama.
+
+    Source: Linux, Documentation/admin-guide/LSM/Yama.rst.
+    """
+    if scope == 0:
+        return "run perdure as root (CAP_SYS_PTRACE) or as QEMU's user"
+    if scope == 1:
+        return "kernel.yama.ptrace_scope is 1: run perdure as root (CAP_SYS_PTRACE), or set it to 0 with sysctl"
+    if scope == 2:
+        return "kernel.yama.ptrace_scope is 2: run perdure as root (CAP_SYS_PTRACE)"
+    return f"kernel.yama.ptrace_scope is {scope}: until the host boots without that, nobody may"
+
+
+def _yama_scope() -> int:
+    try:
+        return int(_YAMA.read_text())
+    except (OSError, ValueError):
+        return 0

@@ -18,6 +18,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from base.units import format_size
 from vm import mappings
 from vm.addresses import AddressMap
 from vm.config import RAM, Description, Disk
+from vm.identity import state_of
 from vm.mappings import Place
 from vm.memory import BackingFile
 from vm.monitor import Monitor
@@ -73,6 +75,8 @@ def find(vm: str, path: Path, timeout_s: float = GREETING_SECONDS) -> Found:
             pid, _, _ = _CREDENTIALS.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
+            if state_of(pid) == "T":  # say at once what else would be a long silence
+                raise ConflictError(f"VM {vm}: QEMU (process {pid}) is stopped: kill -CONT {pid} lets it go on")
             with connection.makefile("rwb") as stream:
                 if "QMP" not in json.loads(stream.readline(_GREETING_BYTES_MAX)):
                     raise _no_qmp(vm, path)
@@ -88,7 +92,9 @@ def find(vm: str, path: Path, timeout_s: float = GREETING_SECONDS) -> Found:
         raise VirtualMachineError(f"VM {vm}: cannot connect to {path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _no_qmp(vm, path) from error
-    return _process(vm, path, pid, threads)
+    found = _process(vm, path, pid, threads)
+    _maps(vm, found.pid)  # what cannot be looked at should not be found to lack what it has
+    return found
 
 
 async def names_of(monitor: Monitor, description: Description, pid: int) -> Names:
@@ -116,15 +122,22 @@ async def memory_places(
         if match is None:
             raise VirtualMachineError(f"VM {monitor.vm}: QEMU does not say where {name} lies: {said.strip()}")
         found[name] = int(match[1], 16)
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_bytes()
-    except OSError as error:
-        raise VirtualMachineError(
-            f"VM {monitor.vm}: QEMU (process {pid}) may not be looked at ({error.strerror}): "
-            "run perdure as root or as QEMU's user"
-        ) from error
+    maps = _maps(monitor.vm, pid)
     sizes = description.backing_sizes
     return [_memory_place(monitor.vm, pid, name, at, sizes[name], maps) for name, at in found.items()]
+
+
+def _maps(vm: str, pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError as error:
+        user = ""
+        with suppress(OSError):
+            user = f" (number {os.stat(f'/proc/{pid}').st_uid})"
+        raise VirtualMachineError(
+            f"VM {vm}: QEMU (process {pid}) may not be looked at ({error.strerror}): "
+            f"run perdure as root or as QEMU's user{user}"
+        ) from error
 
 
 def _memory_place(vm: str, pid: int, name: str, start: int, size: int, maps: bytes) -> MemoryPlace:

@@ -15,6 +15,7 @@ import msgspec
 
 from base.disk import replace_file
 from base.errors import ConflictError, PerdureError, StorageError, VirtualMachineError
+from capture.choice import access_problem
 from capture.tracking import start_tracking
 from perdure import places
 from perdure.supervision import leaving
@@ -240,6 +241,9 @@ class Attacher:
                     f"VM {self.local.name}: region {each.region} is a file that QEMU maps for itself: give its memory "
                     "back end share=on"
                 )
+        denied = access_problem(found.pid) if private else None
+        if denied is not None and private.keys() - {RAM}:
+            raise ConflictError(f"VM {self.local.name}: {', '.join(private)} is memory of QEMU alone, and {denied}")
         if self.wanted.scrubs and private:
             raise ConflictError(f"VM {self.local.name}: {', '.join(private)} is QEMU's alone: no --scrub")
         alone = [each.region for each in lying if each.region not in files]

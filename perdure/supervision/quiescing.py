@@ -48,7 +48,9 @@ class Quiescing:
         self._answer = asyncio.get_running_loop().create_future()
         self._asked_at = time.monotonic()
         channel = machine.channel
-        if channel is None or not channel.freeze(self._token, self._seconds):
+        if channel is None:
+            raise VirtualMachineError(self._text("no guest channel was named: perdure attach --agent SOCKET"))
+        if not channel.freeze(self._token, self._seconds):
             raise VirtualMachineError(self._text("its agent is not connected"))
         try:
             return await asyncio.wait_for(self._answer, self._seconds / 2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from base.errors import ConflictError
-from capture.choice import Choice, Facts, Kernel, choose, probe_facts
+from capture.choice import Choice, Facts, Kernel, choose, probe_facts, tracing_remedy
 
 NEW = Kernel("6.12.9-amd64", "x86_64", pagemap_scan=True)
 OLD = Kernel("6.1.0-56-amd64", "x86_64", pagemap_scan=False)
@@ -51,6 +51,11 @@ def test_what_speaks_against_it_is_named_and_an_override_does_not_overrule_it(fa
     with pytest.raises(ConflictError, match=r"the userfaultfd tracker cannot be used: .*choose tracker auto or scan"):
         choose(facts, "userfaultfd")
     assert choose(facts, "scan").kind == "scan"
+
+
+@pytest.mark.parametrize(("scope", "said"), [(0, "as QEMU's user"), (1, "sysctl"), (2, "as root"), (3, "nobody may")])
+def test_who_may_not_trace_qemu_is_told_what_to_do(scope, said):
+    assert said in tracing_remedy(scope)
 
 
 def test_the_emulated_nvme_controller_is_no_foreign_device():
