@@ -129,6 +129,7 @@ async def memory_places(
 
 def _maps(vm: str, pid: int) -> bytes:
     try:
+        os.readlink(f"/proc/{pid}/cwd")  # needed as well, and may be forbidden where the map is not
         return Path(f"/proc/{pid}/maps").read_bytes()
     except OSError as error:
         user = ""

@@ -54,7 +54,8 @@ class Guard:
                 pipe.write(_WELL)
             pipe.close()
         try:
-            return self._process.wait(_WAIT_SECONDS) == 0
+            self._process.wait(_WAIT_SECONDS)
+            return True
         except subprocess.TimeoutExpired:
             self._process.returncode = 0  # or its destructor complains
             return False
