@@ -81,13 +81,13 @@ def finish() -> None:
         each.join()
 
 
-def count(name: str) -> memoryview:
-    """A worker that counts in an area, on from what is there."""
+def count(name: str, pause: float = 0.001) -> memoryview:
+    """A worker that counts in an area, on from what is there; `pause`: seconds after each step."""
     numbers = area(name, PAGE).cast("Q")
 
     def step() -> None:
         numbers[0] += 1
-        time.sleep(0.001)
+        time.sleep(pause)
 
     work(step)
     return numbers

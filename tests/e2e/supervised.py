@@ -309,6 +309,25 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
         """What the hook does at the next boot, once; see judge.py."""
         (self.folder / judge.HOOK).write_text(what)
 
+    def momentous(self) -> None:
+        """To supervisors that are started from now on something can be made to happen (moments/sitecustomize.py)."""
+        moments = Path(__file__).parent / "moments"
+        self.run_environment = {
+            "PYTHONPATH": f"{moments}:{self.environment['PYTHONPATH']}",
+            "PERDURE_TEST_MOMENTS": str(self.folder),
+        }
+
+    def at(self, command: str, script: str) -> None:
+        """Have a shell script run, once, before the supervisor gives QEMU that command."""
+        (self.folder / "armed").write_text(f"{command}\n{script}")
+
+    def killed_at(self, command: str, *words: object) -> None:
+        """`perdure WORDS`, whose supervisor is killed before it gives QEMU a command."""
+        self.at(command, "kill -KILL $PPID")
+        assert "supervisor" in self.refused(*words)
+        assert self.run.ended() == -signal.SIGKILL
+        assert not (self.folder / "armed").exists()
+
     def judge_boots(self) -> None:
         """From now on, the hook saves memory for `before_boot`."""
         (self.folder / judge.BOOTS).mkdir(exist_ok=True)

@@ -181,19 +181,32 @@ def test_an_elf_core_of_a_full_generation_is_as_the_one_that_qemu_dumps(vm: Supe
     assert "which region" in vm.refused("export", point, ours, code=2)
 
 
-def test_what_a_reboot_without_a_capture_scrubs_is_not_in_the_next_full_generation(guest_image: Image) -> None:
-    """Holes in an untagged part of persistent memory are no writes: no tracker sees them."""
-    with contextlib.closing(Supervised(guest_image)) as vm:
-        described = (vm.folder / "VM.toml").read_text()
-        (vm.folder / "VM.toml").write_text(described.replace("[policy]\n", "[policy]\ncapture_on_reboot = false\n"))
+@contextlib.contextmanager
+def without_captures_at_reboots(vm: Supervised) -> Iterator[None]:
+    """Under supervisors of its own."""
+    described = (vm.folder / "VM.toml").read_text()
+    vm.run.kill()
+    (vm.folder / "VM.toml").write_text(described.replace("[policy]\n", "[policy]\ncapture_on_reboot = false\n"))
+    try:
         boot(vm)
-        vm.guest.run(ORDINARY)
+        yield
+        vm.run.kill()
+    finally:
+        (vm.folder / "VM.toml").write_text(described)
+    boot(vm)
+
+
+@whatever_tracker
+def test_what_a_reboot_without_a_capture_scrubs_is_not_in_the_next_full_generation(vm: Supervised) -> None:
+    """Holes in an untagged part of persistent memory are no writes: no tracker sees them."""
+    with without_captures_at_reboots(vm):
         write(vm, "kept", 11)
         gone = write(vm, "given back", 12)
         vm.guest.run(f"perdure_guest.unmark_persistent({gone.address}, {gone.size})")
-        judged(vm)
+        made = judged(vm)
         vm.guest.run("finish()")
         reboot(vm)
+        assert vm.log()[-1]["id"] == made["id"]
         vm.guest.run(ORDINARY)
         judged(vm)
 
@@ -211,9 +224,8 @@ def test_a_killed_supervisor_costs_no_page_of_a_full_generation_and_leaves_nothi
         assert vm.baseline_of("ram") == made["id"]
     judged(vm)
     history = vm.log()
-    with vm.beside("snapshot", NAME, "--full"):
-        vm.until(lambda: any(each["state"] for each in vm.judge.execute("query-migrate-capabilities")), "a save")
-        vm.run.kill()
+    vm.killed_at("migrate", "snapshot", NAME, "--full")
+    assert any(each["state"] for each in vm.judge.execute("query-migrate-capabilities"))
     assert vm.log() == history
     boot(vm)
     goes_on(vm)
@@ -224,10 +236,9 @@ def test_a_killed_supervisor_costs_no_page_of_a_full_generation_and_leaves_nothi
 @whatever_tracker
 def test_a_guest_that_is_killed_in_a_full_capture_leaves_its_persistent_memory(vm: Supervised) -> None:
     area = write(vm, "kept", 4)
+    vm.at("migrate", "kill -KILL $QEMU")
     with vm.beside("snapshot", NAME, "--full"):
-        vm.until(lambda: any(each["state"] for each in vm.judge.execute("query-migrate-capabilities")), "a save")
-        vm.kill_qemu()
-    assert vm.run.ended() == 1
+        assert vm.run.ended() == 1
     latest = vm.log()[-1]
     assert not latest["full"]
     assert area.of(vm.export()) == content(4)
@@ -394,6 +405,7 @@ def judged_with_disks(vm: Supervised) -> Any:
 def test_disks_are_captured_at_the_same_instant_and_gone_back_to(guest_image: Image) -> None:
     """Raw and qcow2, while the guest writes on; the one with the host's cache, the other without."""
     with contextlib.closing(Supervised(guest_image, settings=TWO_DISKS)) as vm:
+        vm.momentous()
         image("create", "-f", "raw", vm.folder / "one", "16M")
         image("create", "-f", "qcow2", vm.folder / "two", "24M")
         boot(vm)
@@ -402,10 +414,9 @@ def test_disks_are_captured_at_the_same_instant_and_gone_back_to(guest_image: Im
         writes_on(vm)
         judged_with_disks(vm)
         no_nodes_are_left(vm)
-        with vm.beside("snapshot", NAME, "--full"):
-            nodes = lambda: [each["node-name"] for each in vm.judge.execute("query-named-block-nodes", flat=True)]  # noqa: E731  a condition
-            vm.until(lambda: "perdure-filter-1" in nodes(), "the instant is kept")
-            vm.run.kill()
+        vm.killed_at("block-export-add", "snapshot", NAME, "--full")
+        nodes = vm.judge.execute("query-named-block-nodes", flat=True)
+        assert "perdure-filter-1" in [each["node-name"] for each in nodes]
         boot(vm)
         writes_on(vm)
         no_nodes_are_left(vm)

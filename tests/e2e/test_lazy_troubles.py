@@ -52,14 +52,7 @@ class Momentous(Supervised):
 
     def __init__(self, image: Image, settings: str = "") -> None:
         super().__init__(image, settings=settings)
-        self.run_environment = {
-            "PYTHONPATH": f"{MOMENTS}:{self.environment['PYTHONPATH']}",
-            "PERDURE_TEST_MOMENTS": str(self.folder),
-        }
-
-    def at(self, command: str, script: str) -> None:
-        """Have a shell script run, once, before the supervisor gives QEMU that command."""
-        (self.folder / "armed").write_text(f"{command}\n{script}")
+        self.momentous()
 
     @contextlib.contextmanager
     def asked(self, *words: str) -> Iterator[subprocess.Popen[str]]:

@@ -53,6 +53,7 @@ class Lender:
             vm = None
         if vm is None:
             vm = self._vms[tracker] = Supervised(self._image, tracker=tracker)
+            vm.momentous()
             if self._judged:
                 vm.judge_boots()
             boot(vm)
