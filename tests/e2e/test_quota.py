@@ -61,9 +61,9 @@ def test_a_refused_capture_leaves_the_guest_as_it_is(vm: Supervised) -> None:
     vm.perdure("policy", "set", NAME, "--quota", "10MiB")
     reboot(vm, 2)
     write(vm, 3)
-    reboot(vm, 3)  # which would be 12 MiB
+    assert vm.guest.run("perdure_guest.checkpoint().generation", SECONDS) == 3  # which would be 12 MiB
     vm.run.expect(f"forgotten to stay within the quota: {NAME}@2")
-    assert numbers(vm) == [(1, "snapshot"), (3, "reboot")]
+    assert numbers(vm) == [(1, "snapshot"), (3, "checkpoint")]
     assert random.Random(3).randbytes(SIZE) in vm.export()
     write(vm, 4)
     made = vm.perdure("snapshot", NAME)
