@@ -57,9 +57,10 @@ class Background:
         self._zeros: deque[tuple[Served, int]] = deque()
         self._kept_bytes = 0
         self._placer: Placer | None = None
-        for served in regions:  # a cold QEMU starts, and reads from the same disk: what nobody is known to want waits
-            served.plan.reads_ahead = bool(len(working_set.pages(served.name)))
-        self._nodes_ahead = deque(regions)
+        unknown = [served for served in regions if not len(working_set.pages(served.name))]
+        for served in unknown:  # a cold QEMU starts, and reads from the same disk: what nobody is known to want waits
+            served.plan.reads_ahead = False
+        self._nodes_ahead = deque(unknown)
         self.begin()
 
     def begin(self) -> None:

@@ -1,12 +1,11 @@
 """The page server's work: answering first touches of memory that is not there yet, and filling in the rest.
 
-One thread does everything but reading ahead, so that two placements never meet. A fault is answered by its frame: the
-page that is waited for first, then, when nobody waits, all other pages of its window that are in the frame. In between,
-one step at a time of what nobody waits for (restore.background): what earlier resumes touched as fast as that can be,
-the rest for a bounded share of the time and never right after a fault. A frame that cannot be read holds whoever waits
-for it, is told in the claim record, and is tried again and again; everything else goes on. Nothing is ever placed but
-content that is proven to be that of the page map, and zeros where the page map has nothing or the page was placed and
-punched since.
+One thread does everything, so that two placements never meet. A fault is answered by its frame: the page that is waited
+for first, then, when nobody waits, all other pages of its window that are in the frame. In between, one step at a time
+of what nobody waits for (restore.background): what earlier resumes touched as fast as that can be, the rest for a
+bounded share of the time and never right after a fault. A frame that cannot be read holds whoever waits for it, is told
+in the claim record, and is tried again and again; everything else goes on. Nothing is ever placed but content that is
+proven to be that of the page map, and zeros where the page map has nothing or the page was placed and punched since.
 """
 
 from __future__ import annotations

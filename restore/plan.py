@@ -5,12 +5,11 @@ they are stored is looked up after that, for a window that somebody waits for at
 up is most of planning (0.3 of 0.4 s for 2 GiB). Of a few known pages it is looked up by their ids alone, since the
 frame that one is in says by its own ids which other pages of the window it holds. The nodes above are kept, at most
 8 MiB of them, and a window is given up when nothing of it is left to place, so that memory follows what is planned
-ahead and never the region. Belongs to one thread, but for reading ahead.
+ahead and never the region. Belongs to one thread.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.arrays import distinct
-from base.errors import ConflictError, IntegrityError, PerdureError
+from base.errors import ConflictError, IntegrityError
 from base.units import PAGE
 from store import pagemap
 from store.index.chunks import LOCATION
@@ -219,16 +218,11 @@ class RegionPlan:
             self._put_off |= packs
 
     def _read(self, packs: set[int]) -> None:
-        """In a thread: telling the kernel takes up to 6 ms for each pack, in which somebody may wait."""
-        new = sorted(packs - self._expected)[: max(0, _EXPECTED_PACKS + 1 - len(self._expected))]
-        self._expected.update(new)
-        if new:
-            threading.Thread(target=self._have_read, args=(new,), daemon=True).start()
-
-    def _have_read(self, packs: list[int]) -> None:
-        for pack in packs:
-            with suppress(PerdureError):  # which who reads it meets again
-                self._frames.expect(pack)
+        for pack in sorted(packs - self._expected):
+            if len(self._expected) <= _EXPECTED_PACKS:
+                self._expected.add(pack)
+                with suppress(IntegrityError):
+                    self._frames.expect(pack)
 
     def occupied(self, batch: int) -> Iterator[tuple[int, int]]:
         """Ranges of windows, at most `batch` in each, that cover all pages that are not zero; what is empty on high
