@@ -20,7 +20,6 @@ import judge
 import pytest
 from supervised import APPEND, MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
 from test_disks import WRITERS, image, methods
-from test_drained_guest import POLICY
 from test_full import ORDINARY, different_pages, export, goes_on
 from test_survival import FIRMWARE, IN_GUEST, await_boot, content, go_down, write
 
@@ -34,16 +33,8 @@ QMP, AGENT = "theirs.sock", "agent.sock"
 class Theirs(Supervised):
     """A VM that a script launches. `shared`: its memory lies in files that others can map, too; `disks`: arguments."""
 
-    def __init__(
-        self,
-        image: Image,
-        *,
-        shared: bool = True,
-        disks: tuple[str, ...] = (),
-        settings: str = "",
-        policy: str = "",
-    ) -> None:
-        super().__init__(image, settings=settings, policy=policy)
+    def __init__(self, image: Image, *, shared: bool = True, disks: tuple[str, ...] = (), settings: str = "") -> None:
+        super().__init__(image, settings=settings)
         self.image, self.shared, self.disks = image, shared, disks
         self.qemu: subprocess.Popen[bytes] | None = None
 
@@ -236,6 +227,7 @@ def test_all_of_a_vm_of_somebody_else_can_be_captured_and_goes_on_here(guest_ima
     with contextlib.closing(Theirs(guest_image, disks=WITH_DISKS, settings=DISKS)) as vm:
         for name, kind in (("one", "raw"), ("two", "qcow2")):
             image("create", "-f", kind, vm.folder / name, "64M")
+        vm.momentous()
         vm.launch()
         limit = vm.judge.execute("query-migrate-parameters")["max-bandwidth"] // 2
         vm.judge.execute("migrate-set-parameters", **{"max-bandwidth": limit})
@@ -254,9 +246,7 @@ def test_all_of_a_vm_of_somebody_else_can_be_captured_and_goes_on_here(guest_ima
         assert compared(vm, "copy", "exported")
 
         vm.perdure("snapshot", NAME, "--full")
-        with vm.beside("snapshot", NAME, "--full"):
-            vm.until(lambda: saves(vm), "a save")
-            run.kill()
+        vm.killed_at("migrate", "snapshot", NAME, "--full")
         vm.until(lambda: not saves(vm) and vm.judge.execute("query-status")["running"], "what the guard does")
         vm.left_alone()
         run = vm.attach()
@@ -282,8 +272,8 @@ def compared(vm: Theirs, *names: str) -> bool:
 
 
 def test_memory_that_is_qemus_alone_is_captured_too(guest_image: Image) -> None:
-    """No file has it: it is followed where it lies in QEMU, and read out of there, also by write-back."""
-    with contextlib.closing(Theirs(guest_image, shared=False, policy=POLICY)) as vm:
+    """No file has it: it is followed where it lies in QEMU, and read out of there."""
+    with contextlib.closing(Theirs(guest_image, shared=False)) as vm:
         vm.launch()
         run = vm.attach()
         run.look()
@@ -292,9 +282,6 @@ def test_memory_that_is_qemus_alone_is_captured_too(guest_image: Image) -> None:
         area = write(vm, "kept", 1)
         vm.guest.run(ORDINARY)
         first = judged_memory(vm)
-        vm.guest.run("change(range(300), 600)")
-        vm.until(lambda: vm.status()["write_back"]["stored_ahead_bytes"], "dirty pages stored ahead")
-        vm.judged()
         vm.guest.run("change([3, 5], 700)")
         assert vm.judged()["dirty_bytes"] == 2 * PAGE
         vm.guest.run("change([7], 800)")
@@ -367,11 +354,6 @@ def test_what_is_not_as_described_or_not_free_is_refused_and_left_alone(guest_im
             other.connect(str(vm.folder / QMP))
             assert other.recv(9) == b'{"QMP": {'  # it serves this one
             refused(("", ""), "one client at a time")
-        os.kill(vm.qemu.pid, signal.SIGSTOP)
-        run = vm.attaching()
-        assert run.ended() == 1
-        assert "kill -CONT" in run.text and run.text.count("\n") == 1
-        os.kill(vm.qemu.pid, signal.SIGCONT)
 
         (vm.folder / "VM.toml").write_text(described)
         with socket.socket(socket.AF_UNIX) as other:  # somebody who would take a held reboot for a shutdown
