@@ -20,6 +20,7 @@ import judge
 import pytest
 from supervised import APPEND, MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
 from test_disks import WRITERS, image, methods
+from test_drained_guest import POLICY
 from test_full import ORDINARY, different_pages, export, goes_on
 from test_survival import FIRMWARE, IN_GUEST, await_boot, content, go_down, write
 
@@ -33,8 +34,16 @@ QMP, AGENT = "theirs.sock", "agent.sock"
 class Theirs(Supervised):
     """A VM that a script launches. `shared`: its memory lies in files that others can map, too; `disks`: arguments."""
 
-    def __init__(self, image: Image, *, shared: bool = True, disks: tuple[str, ...] = (), settings: str = "") -> None:
-        super().__init__(image, settings=settings)
+    def __init__(
+        self,
+        image: Image,
+        *,
+        shared: bool = True,
+        disks: tuple[str, ...] = (),
+        settings: str = "",
+        policy: str = "",
+    ) -> None:
+        super().__init__(image, settings=settings, policy=policy)
         self.image, self.shared, self.disks = image, shared, disks
         self.qemu: subprocess.Popen[bytes] | None = None
 
@@ -272,8 +281,8 @@ def compared(vm: Theirs, *names: str) -> bool:
 
 
 def test_memory_that_is_qemus_alone_is_captured_too(guest_image: Image) -> None:
-    """No file has it: it is followed where it lies in QEMU, and read out of there."""
-    with contextlib.closing(Theirs(guest_image, shared=False)) as vm:
+    """No file has it: it is followed where it lies in QEMU, and read out of there, also by write-back."""
+    with contextlib.closing(Theirs(guest_image, shared=False, policy=POLICY)) as vm:
         vm.launch()
         run = vm.attach()
         run.look()
@@ -282,6 +291,9 @@ def test_memory_that_is_qemus_alone_is_captured_too(guest_image: Image) -> None:
         area = write(vm, "kept", 1)
         vm.guest.run(ORDINARY)
         first = judged_memory(vm)
+        vm.guest.run("change(range(300), 600)")
+        vm.until(lambda: vm.status()["write_back"]["stored_ahead_bytes"], "dirty pages stored ahead")
+        vm.judged()
         vm.guest.run("change([3, 5], 700)")
         assert vm.judged()["dirty_bytes"] == 2 * PAGE
         vm.guest.run("change([7], 800)")
@@ -354,6 +366,11 @@ def test_what_is_not_as_described_or_not_free_is_refused_and_left_alone(guest_im
             other.connect(str(vm.folder / QMP))
             assert other.recv(9) == b'{"QMP": {'  # it serves this one
             refused(("", ""), "one client at a time")
+        os.kill(vm.qemu.pid, signal.SIGSTOP)
+        run = vm.attaching()
+        assert run.ended() == 1
+        assert "kill -CONT" in run.text and run.text.count("\n") == 1
+        os.kill(vm.qemu.pid, signal.SIGCONT)
 
         (vm.folder / "VM.toml").write_text(described)
         with socket.socket(socket.AF_UNIX) as other:  # somebody who would take a held reboot for a shutdown
