@@ -175,11 +175,24 @@ def damaged(path: Path) -> Iterator[str]:
     path.write_bytes(good)
 
 
+def assert_stored(vm: Supervised, pages: int) -> None:
+    """At the reboot that has just been: so many pages, and the nodes of the page map above them."""
+    made = vm.log()[-1]
+    assert (made["cause"], made["dirty_bytes"]) == ("reboot", pages * PAGE)
+    assert made["stored_bytes"] <= 4 * pages * PAGE
+    with vm.before_boot() as found:
+        assert vm.export(made["generation"]) == found["pm0"][:]
+
+
 def assert_reboot_keeps_only_what_is_tagged(vm: Supervised) -> None:
+    """And stores only what has changed since the generation before it."""
     area = write(vm, "kept", 1)
     secret = b"".join(uuid.uuid4().hex.encode() for _ in range(2))
     vm.guest.run(f"hidden = mmap.mmap(-1, 8 << 20); hidden[:] = {secret!r} * (len(hidden) // {len(secret)})")
     vm.guest.run(f"_, there = untagged(2 << 20); there[:] = {secret!r} * (len(there) // {len(secret)})")
+    snapshot(vm)
+    changed = [0, 7, 511, 1023]
+    vm.guest.run(f"change({changed}, 200)")
     with vm.memory() as running:
         assert all(running[region].find(secret) >= 0 for region in ("ram", "pm0"))
         expected = only(running["pm0"], area)
@@ -189,13 +202,17 @@ def assert_reboot_keeps_only_what_is_tagged(vm: Supervised) -> None:
     with vm.before_boot() as found:
         assert all(each.find(secret) < 0 for each in found.values())
     assert_as_expected_before_boot(vm, expected)
-    assert vm.guest.run(f"holds('kept', {SIZE}, 1)")
-    assert vm.log()[-1]["cause"] == "reboot"
+    vm.guest.run(f"use('kept', {SIZE}); was = bytearray(content(1, {SIZE}))")
+    vm.guest.run(f"for page in {changed}: was[page * PAGE : (page + 1) * PAGE] = content(200 + page, PAGE)")
+    assert vm.guest.run("bytes(memory) == was")
     assert vm.export() == expected
+    assert_stored(vm, len(changed))
 
 
-def test_a_reboot_keeps_what_is_tagged_and_nothing_else(vm: Supervised) -> None:
+def test_a_reboot_keeps_what_is_tagged_and_nothing_else_and_stores_only_what_changed(vm: Supervised) -> None:
     assert_reboot_keeps_only_what_is_tagged(vm)
+    reboot(vm)
+    assert_stored(vm, 0)
 
 
 def test_a_reboot_under_uefi_keeps_what_is_tagged_and_nothing_else(guest_image: Image) -> None:
@@ -207,21 +224,6 @@ def test_a_reboot_under_uefi_keeps_what_is_tagged_and_nothing_else(guest_image: 
             assert_reboot_keeps_only_what_is_tagged(vm)
         finally:
             print(vm.report())
-
-
-def test_a_reboot_stores_only_what_changed(vm: Supervised) -> None:
-    write(vm, "kept", 2)
-    snapshot(vm)
-    changed = [0, 7, 511, 1023]
-    vm.guest.run(f"change({changed}, 200)")
-    for pages in (len(changed), 0):
-        reboot(vm)
-        made = vm.log()[-1]
-        assert (made["cause"], made["dirty_bytes"]) == ("reboot", pages * PAGE)
-        assert made["stored_bytes"] <= 4 * pages * PAGE  # with the nodes of the page map above them
-        with vm.before_boot() as found:
-            assert vm.export(made["generation"]) == found["pm0"][:]
-    assert vm.guest.run(f"use('kept', {SIZE}); bytes(memory[511 * PAGE : 512 * PAGE]) == content(200 + 511, PAGE)")
 
 
 def test_a_generation_is_one_instant_of_a_guest_that_writes_without_pause(vm: Supervised) -> None:
@@ -303,9 +305,8 @@ def test_a_capture_that_is_killed_costs_no_page_of_the_next_one(vm: Supervised) 
     area = write(vm, "kept", 23, size)
     snapshot(vm)
     vm.guest.run(f"memory[:] = content(24, {size})")
-    with vm.beside("snapshot", NAME):
-        vm.until(lambda: vm.baseline is None, "a capture has begun to collect")
-        vm.run.kill()
+    vm.killed_at("cont", "snapshot", NAME)
+    assert vm.baseline is None
     history = vm.log()
     boot(vm)
     vm.guest.run("change([9], 2300)")
