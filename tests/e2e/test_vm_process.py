@@ -112,14 +112,13 @@ SUPERVISOR = textwrap.dedent("""
 def test_the_guest_survives_its_supervisor(place, number):
     image = place.image
     arguments = [str(each) for each in (image.kernel, image.initrd, image.busybox, place.root, TICKS)]
-    root = Path(__file__).resolve().parents[2]
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         process_group=0,
-        env=os.environ | {"PYTHONPATH": f"{root}:{Path(__file__).parent}"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     with supervisor:
         assert supervisor.stdout is not None

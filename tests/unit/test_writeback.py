@@ -144,7 +144,8 @@ def test_who_prunes_is_given_way_to(where, tmp_path):
         assert first is not None and not first.writer.in_the_way
         for each in repository.generations("vm")[:-1]:
             repository.forget(each)
-        repository.doom([bytes.fromhex(min(packs(where)).split(".")[0])])
+        published = [each for each in packs(where) if not each.startswith(".")]
+        repository.doom([bytes.fromhex(min(published))])
         assert first.writer.in_the_way
         vm.writeback._checked_at = 0.0
         vm.step()
