@@ -211,24 +211,25 @@ before_boot = ["{sys.executable}", "-IS", "{judge.__file__}", "{self.folder}"]
 
     def perdure(self, *words: object, code: int = 0) -> Any:
         """Any other command; its JSON document."""
-        done = self._command(*words, "--json")
+        done = self.tried(*words, "--json")
         assert done.returncode == code, (words, done.returncode, done.stderr)
         return json.loads(done.stdout) if done.stdout else None
 
     def lines(self, *words: object) -> list[str]:
         """Any other command; what it prints for people."""
-        done = self._command(*words)
+        done = self.tried(*words)
         assert done.returncode == 0, (words, done.returncode, done.stderr)
         return done.stdout.decode().splitlines()
 
     def refused(self, *words: object, code: int = 1) -> str:
         """A command that does not do what it is told; the one line that says why."""
-        done = self._command(*words)
+        done = self.tried(*words)
         lines = done.stderr.decode().splitlines()
         assert (done.returncode, done.stdout, len(lines)) == (code, b"", 1), (words, done)
         return lines[0]
 
-    def _command(self, *words: object) -> subprocess.CompletedProcess[bytes]:
+    def tried(self, *words: object) -> subprocess.CompletedProcess[bytes]:
+        """A command as it ended, however that was."""
         return subprocess.run(
             [sys.executable, "-m", "perdure", *map(str, words)],
             env=self.environment,

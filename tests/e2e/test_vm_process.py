@@ -118,7 +118,7 @@ def test_the_guest_survives_its_supervisor(place, number):
         stderr=subprocess.DEVNULL,
         text=True,
         process_group=0,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
     )
     with supervisor:
         assert supervisor.stdout is not None
