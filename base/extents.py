@@ -82,8 +82,8 @@ def from_numbers(units: NDArray[np.uint64], unit: int) -> Extents:
     return np.stack([signed[first] * unit, (signed[last] + 1) * unit], axis=1)
 
 
-def pieces(extents: Extents, size: int) -> Iterator[Extents]:
-    """Cut ranges into sets of at most `size` bytes, in order."""
+def pieces(extents: Extents, size: int, rows_max: int = 1 << 62) -> Iterator[Extents]:
+    """Cut ranges into sets of at most `size` bytes and so many ranges, in order."""
     rows: list[tuple[int, int]] = []
     room = size
     for start, end in extents.tolist():
@@ -92,7 +92,7 @@ def pieces(extents: Extents, size: int) -> Iterator[Extents]:
             rows.append((start, stop))
             room -= stop - start
             start = stop
-            if not room:
+            if not room or len(rows) == rows_max:
                 yield normalise(rows)
                 rows, room = [], size
     if rows:

@@ -198,8 +198,8 @@ class RegionPlan:
 
     def read_ahead(self) -> None:
         """From now on, and for what came up before."""
-        self.reads_ahead, put_off = True, self._put_off
-        self._read(put_off)
+        self.reads_ahead = True
+        self._read(self._put_off)
 
     def read_nodes_ahead(self) -> None:
         """Have the kernel read the packs in which the page map is, as far as its top tells. Raises IntegrityError,

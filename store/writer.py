@@ -393,22 +393,5 @@ def _present(descriptor: int, wanted: Extents, size: int) -> Extents:
 
 def _batches(present: Extents, chunk: int, size: int) -> Iterator[Batch]:
     """Cut ranges into batches of at most `size` bytes, without ever holding a list of all chunks."""
-    per_batch = max(1, size // chunk)
-    waiting: list[tuple[int, int]] = []
-    room = per_batch * chunk
-    for start, end in present.tolist():
-        while start < end:
-            stop = min(end, start + room)
-            waiting.append((start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0 or len(waiting) == _BATCH_RANGES:
-                yield _batch(waiting, chunk)
-                waiting, room = [], per_batch * chunk
-    if waiting:
-        yield _batch(waiting, chunk)
-
-
-def _batch(rows: list[tuple[int, int]], chunk: int) -> Batch:
-    extents = np.array(rows, np.int64)
-    return Batch(extents, ranges.numbers(extents, chunk))
+    for piece in ranges.pieces(present, max(1, size // chunk) * chunk, _BATCH_RANGES):
+        yield Batch(piece, ranges.numbers(piece, chunk))
