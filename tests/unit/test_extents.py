@@ -48,3 +48,15 @@ def test_resident_ranges_of_a_sparse_file():
         for page in (3, 4, 1 << 20):
             os.pwrite(file.fileno(), b"x", page * 4096)
         assert extents.resident(file.fileno(), 1 << 40).tolist() == [[3 * 4096, 5 * 4096], [1 << 32, (1 << 32) + 4096]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=20), st.integers(1, 12), st.integers(1, 4))
+def test_pieces_are_all_of_it_in_order_and_within_their_limits(rows, size, rows_max):
+    whole = extents.normalise([(start, start + length) for start, length in rows])
+    found = list(extents.pieces(whole, size, rows_max))
+    assert all(0 < extents.total(each) <= size and len(each) <= rows_max for each in found)
+    assert all(extents.total(each) == size or len(each) == rows_max for each in found[:-1])
+    assert np.array_equal(
+        extents.numbers(whole, 1),
+        np.concatenate([extents.numbers(whole[:0], 1), *(extents.numbers(each, 1) for each in found)]),
+    )
