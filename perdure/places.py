@@ -38,6 +38,11 @@ def repository_state(repository_id: bytes) -> Path:
     return state_folder() / "repositories" / repository_id.hex()
 
 
+def working_sets() -> Path:
+    """What resumes of this host's VMs have touched first."""
+    return state_folder() / "working-sets"
+
+
 def vm_state(name: str) -> Path:
     """Durable state of one VM on this host."""
     return _private(state_folder() / "vms" / name)

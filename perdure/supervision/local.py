@@ -14,6 +14,7 @@ import msgspec
 from base.disk import Disk, replace_file
 from base.errors import ConflictError, NotFoundError, StorageError
 from capture.journal import Journal
+from perdure import places
 from perdure.disks.images import Disks
 from perdure.supervision.measurements import measure
 from restore.nursery import Nursery
@@ -55,8 +56,8 @@ class Local:
 
     @property
     def working_sets(self) -> Path:
-        """What earlier resumes of its generations touched."""
-        return self.state / "working-sets"
+        """What earlier resumes touched, of its generations and of those that it is a copy of."""
+        return places.working_sets()
 
     def memory_folders(self) -> Iterator[Path]:
         """Those that are there."""

@@ -121,7 +121,10 @@ def test_its_supervisor_may_be_killed_and_memory_is_whole_before_it_is_captured(
     made = full(vm)  # which needs all of it
     assert vm.status()["lazy"] is None
     judged(vm)
-    resume(vm, f"{NAME}@{made['generation']}")
+    vm.tell_hook("nothing")
+    with vm.beside("rollback", f"{NAME}@{made['generation']}", "--lazy", "--discard"):
+        # It was never resumed: that is from the other one.
+        vm.until(lambda: words(vm, record.PREFETCHED), "what the last resume touched is fetched ahead")
     vm.run.kill()  # its page server goes on
     boot(vm)
     goes_on(vm)

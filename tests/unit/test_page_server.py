@@ -23,6 +23,7 @@ from restore import claims as record
 from restore.lazy import LazyRestore
 from restore.lazy_fill import fill
 from restore.nursery import Nursery
+from restore.working_set import WorkingSet
 from store.reader import GenerationReader
 from store.upkeep.prune import prune
 from store.upkeep.prune_plan import PruneSettings
@@ -359,6 +360,30 @@ def test_what_an_ended_vm_had_not_touched_is_filled_in_before_it_is_captured(laz
     assert sorted(each.name for each in lazily.folder.glob("lazy.*")) == []
 
 
+@contextlib.contextmanager
+def next_time(lazily, generation):
+    """The restore of a generation after one that is at its end: when what is known has been fetched, and no more."""
+    lazily.lazy.finish()
+    for file in lazily.files.values():
+        size = file.stat().st_size
+        os.truncate(file, 0)
+        os.truncate(file, size)
+    again = LazyRestore.begin(
+        lazily.repository, generation, lazily.folder, lazily.files, lazily.folder, lazily.working_sets, lazily.nursery
+    )
+    guest = Guest(*lazily.files.values())
+    try:
+        again.claims.set(record.PACE, record.FAULTS_ONLY)
+        again.serve(guest.identity)
+        again.claims.set(record.PACE, record.FOR_A_SHARE)
+        lazily.until(lambda: again.claims.word(record.FETCHED), "it never fetches")
+        again.claims.set(record.PACE, record.FAULTS_ONLY)
+        yield again, guest
+    finally:
+        guest.close()
+        again.abandon()
+
+
 def test_what_was_touched_is_fetched_ahead_the_next_time(lazily):
     lazily.serve()
     touched = [5, 1500, 2100, PAGES + 10]  # the last one is zeros
@@ -368,25 +393,33 @@ def test_what_was_touched_is_fetched_ahead_the_next_time(lazily):
     assert not lazily.lazy.status()["prefetched_bytes"]
     [known] = lazily.working_sets.iterdir()
     assert known.stat().st_mode & 0o077 == 0
-    lazily.lazy.finish()
-    for file in lazily.files.values():
-        size = file.stat().st_size
-        os.truncate(file, 0)
-        os.truncate(file, size)
-    again = LazyRestore.begin(
-        lazily.repository, lazily.generation, lazily.folder, lazily.files, lazily.folder, lazily.working_sets,
-        lazily.nursery,
-    )  # fmt: skip
-    guest = Guest(*lazily.files.values())
-    try:
-        again.claims.set(record.PACE, record.FAULTS_ONLY)
-        again.serve(guest.identity)
-        again.claims.set(record.PACE, record.FOR_A_SHARE)
-        lazily.until(lambda: again.claims.word(record.FETCHED), "it never fetches")
+    with next_time(lazily, lazily.generation) as (again, guest):
         assert again.status()["prefetched_bytes"] > 0
         for page in touched:
             assert guest.touch(page) == lazily.page(page)
         assert again.status()["faults"] == 0
-    finally:
-        guest.close()
-        again.abandon()
+
+
+def test_what_was_touched_is_fetched_ahead_from_the_next_generation_too(lazily):
+    """Whatever is there by then."""
+    touched = [5, 1500, 2100, PAGES + 10]
+    later = bytearray(lazily.content)
+    for page in (1500, PAGES + 10):
+        later[page * PAGE : (page + 1) * PAGE] = bytes([page % 251]) * PAGE
+    later[2100 * PAGE : 2101 * PAGE] = bytes(PAGE)
+    generation = add(lazily.repository, "vm", {"ram": bytes(later), "pm0": lazily.small}, lazily.generation)
+    lazily.serve()
+    for page in touched:
+        lazily.guest.touch(page)
+    lazily.filled()
+    with next_time(lazily, generation) as (again, guest):
+        for page in touched:
+            assert guest.touch(page) == later[page * PAGE : (page + 1) * PAGE]
+        assert again.status()["faults"] == 0
+        assert guest.touch(700) == later[700 * PAGE : 701 * PAGE]  # waited for: it comes before them from now on
+        again.claims.set(record.PACE, record.AT_ONCE)
+        lazily.until(lambda: again.phase == record.DONE, "it never ends")
+    names = ["ram", "pm0"]
+    assert WorkingSet.of(lazily.working_sets, generation, names).pages("ram").tolist() == [700, *touched]
+    assert WorkingSet.of(lazily.working_sets, lazily.generation, names).pages("ram").tolist() == touched
+    assert not len(WorkingSet.of(lazily.working_sets, generation, ["pm0"]).pages("pm0"))
