@@ -1,10 +1,10 @@
 """A VM resumed by Perdure and by QEMU's own means, an image restored beside restic and borg: python -m bench.restore.
 
 For each size of memory, half of it in use, a guest is captured in full and resumed turn by turn: lazily where nothing
-is known of what it touches, lazily once more, eagerly; then by QEMU's migration from a file and by loadvm. Milliseconds
-are from the request (to Perdure's supervisor, or the start of QEMU) to the first heartbeat of the guest, and to an
-answered request that looks at pages here and there in its memory. Medians; ends with one line of JSON. The targets that
-it is held against are in docs/BENCHMARKS.md.
+is known of what it touches, lazily once more, eagerly; then newer generations of it, none of which was ever resumed;
+then by QEMU's migration from a file and by loadvm. Milliseconds are from the request (to Perdure's supervisor, or the
+start of QEMU) to the first heartbeat of the guest, and to an answered request that looks at pages here and there in its
+memory. Medians; ends with one line of JSON. The targets that it is held against are in docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEYS = (
     "prefetch_fault_reduction_percent",
 )  # fmt: skip
 """What the last line has, in this order; null for what was not measured."""
-OURS = ("lazy, first", "lazy, again", "eager", "cold lazy", "cold eager")
+OURS = ("lazy, first", "lazy, again", "lazy, newer", "eager", "cold lazy", "cold eager")
 PEERS = ("-incoming", "-loadvm")
 
 
@@ -82,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench restore", description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", default="512,2048,4096", help="MiB of memory, by commas (default 512,2048,4096)")
     parser.add_argument("--turns", type=int, default=5, help="resumes of each kind (default 5)")
+    parser.add_argument("--newer-turns", type=int, default=2, help="newer generations; 0 leaves them out (default 2)")
     parser.add_argument("--peer-turns", type=int, default=2, help="of QEMU's own kinds; 0 leaves them out (default 2)")
     parser.add_argument("--pages", type=int, default=300, help="that the guest looks at for a request (default 300)")
     parser.add_argument(
@@ -128,6 +129,9 @@ def measured(folder: Path, mib: int, options: argparse.Namespace) -> Size:
             size.note("lazy, first", bench.roll_back(lazy=True, fresh=True))
             size.note("lazy, again", bench.roll_back(lazy=True))
             size.note("eager", bench.roll_back(lazy=False))
+        for turn in range(options.newer_turns):
+            bench.go_further(seed=turn + 2)
+            size.note("lazy, newer", bench.roll_back(lazy=True))
         bench.whole()
         if options.peer_turns:
             peer = Peer(bench)
@@ -196,14 +200,16 @@ def table(sizes: list[Size]) -> list[str]:
             for kind in (*OURS, *PEERS)
         ]
         lines.append(f"| {size.mib} MiB ({size.used_mib}) | " + " | ".join(cells) + " |")
-    lines += ["| memory | faults, first | p50, us | p99, us | faults, again | fetched ahead, MiB |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines += ["| memory | faults, first | p50, us | p99, us | faults, again | fetched ahead, MiB | faults, newer |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for size in sizes:
         first = " | ".join(
             f"{size.median('lazy, first', each):.0f}" for each in ("faults", "fault_us_p50", "fault_us_p99")
         )
         ahead = size.median("lazy, again", "prefetched_bytes") / (1 << 20)
-        lines.append(f"| {size.mib} MiB | {first} | {size.median('lazy, again', 'faults'):.0f} | {ahead:.0f} |")
+        again = f"{size.median('lazy, again', 'faults'):.0f}"
+        newer = f"{size.median('lazy, newer', 'faults'):.0f}" if "lazy, newer" in size.resumes else "-"
+        lines.append(f"| {size.mib} MiB | {first} | {again} | {ahead:.0f} | {newer} |")
     return lines
 
 

@@ -39,6 +39,8 @@ from restore.claims import Claims  # noqa: E402
 PAGE = 4096
 SECONDS = 300
 _LOOK_SECONDS = 0.0002
+_PAGES_BETWEEN = 3000
+"""That the guest has looked at between two generations."""
 WORKLOAD = """
 import os, struct, sys, time
 
@@ -111,15 +113,18 @@ class Bench:
         self.vm.guest.run(f"fill({used_mib})", SECONDS)
         self.vm.guest.run("work(beat)")
         self.area = self.vm.area("beats")
-        made = self.vm.perdure("snapshot", NAME, "--full")
-        self.point = f"{NAME}@{made['generation']}"
-        self.snapshot_seconds, self.pause_ms = made["seconds"], made["pause_ms"]
-        self.count = self._count_of(self.vm.export(made["generation"]))
+        self._capture()
 
     def close(self) -> None:
         """End the VM and leave nothing."""
         self.vm.close()
         shutil.rmtree(self.folder)
+
+    def go_further(self, seed: int) -> None:
+        """From now on a newer generation is resumed, of the guest after it has answered some other requests."""
+        self._settle()
+        self.vm.guest.run(f"answer({_PAGES_BETWEEN}, {seed})", SECONDS)
+        self._capture()
 
     def roll_back(self, *, lazy: bool, fresh: bool = False) -> Resume:
         """A request to the supervisor, which has its repository unlocked. `fresh`: of a content that this host has
@@ -146,6 +151,12 @@ class Bench:
     def whole(self) -> None:
         """Wait until all memory is there."""
         self.vm.until(lambda: self.vm.status().get("lazy") is None, "all of its memory is there")
+
+    def _capture(self) -> None:
+        made = self.vm.perdure("snapshot", NAME, "--full")
+        self.point = f"{NAME}@{made['generation']}"
+        self.snapshot_seconds, self.pause_ms = made["seconds"], made["pause_ms"]
+        self.count = self._count_of(self.vm.export(made["generation"]))
 
     def _settle(self) -> None:
         self.vm.until(lambda: self.vm.status()["state"] == "running", "the VM runs")
