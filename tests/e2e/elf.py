@@ -1,4 +1,5 @@
-"""A reader of ELF cores, enough for tests: notes and loadable segments. Shares no code with the writer.
+"""A reader of ELF files, enough for tests: notes and loadable segments of cores, and where a kernel is loaded. Shares
+no code with the writer.
 
 Source: System V ABI, elf(5).
 """
@@ -18,6 +19,21 @@ class Load:
     virtual: int
     physical: int
     size: int
+
+
+def loaded(path: Path) -> dict[int, bytes]:
+    """What a program has in memory when it is loaded, by physical address; nothing if the file is no ELF file."""
+    data = path.read_bytes()
+    if data[:4] != b"\x7fELF":
+        return {}
+    (table,) = struct.unpack_from("<Q", data, 32)
+    size, count = struct.unpack_from("<HH", data, 54)
+    heads = (struct.unpack_from("<IIQQQQQ", data, table + number * size) for number in range(count))
+    return {
+        physical: data[offset : offset + length].ljust(memory, b"\0")
+        for kind, _, offset, _, physical, length, memory in heads
+        if kind == 1
+    }
 
 
 class Core:

@@ -40,14 +40,24 @@ REGION = 32 * MIB
 """Size of the only persistent region, pm0."""
 APPEND = "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests no5lvl"
 """Kernel command line. The last two spare an emulated guest half a second of each boot."""
+QUICK_APPEND = f"{APPEND} mitigations=off lsm="
+"""That of tests, which is not that of benchmarks."""
+CPU = "max,-erms"
+"""Emulated, the kernel's copies are byte by byte where the processor says that these are fast."""
+QEMU = Path(__file__).parent / "qemu"
+"""The QEMU of the path, emulating in a way that makes later boots cost what the first does."""
 KEY = bytes(range(64))
 """Content of the key file that unlocks; the same for all, since VMs of a test may share a repository."""
 SECONDS = 120
 """For whatever is waited for: far more than anything takes, so that only what hangs fails."""
 
 
+QUICK = f'cpu = "{CPU}"\nqemu = "{QEMU}"\n'
+"""Both, as lines of VM.toml."""
+
+
 class Image(Protocol):
-    """The built test guest."""
+    """The built test guest. It may have `append` too, the kernel's command line, and `settings`, lines of VM.toml."""
 
     kernel: Path
     initrd: Path
@@ -151,6 +161,7 @@ class Supervised:
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="p-", dir="/dev/shm"))
         self.state = self.folder / "state"
+        self.kernel = image.kernel
         self.repository = repository or self.folder / "repository"
         self.judge = Judge(self.folder)
         self.guest = GuestShell(self.folder / "test.sock")
@@ -164,7 +175,7 @@ memory = {memory}
 accelerator = "tcg"
 kernel = "{image.kernel}"
 initrd = "{image.initrd}"
-append = "{APPEND}"
+append = "{getattr(image, "append", APPEND)}"
 extra = [
     "-qmp", "unix:{self.folder}/{judge.SOCKET},server=on,wait=off",
     "-chardev", "socket,id=test,path={self.folder}/test.sock,server=on,wait=off",
@@ -172,7 +183,7 @@ extra = [
     "-device", "pvpanic-pci",
     {"".join(f"{json.dumps(word)}, " for word in extra)}
 ]
-{settings}
+{getattr(image, "settings", "")}{settings}
 [[region]]
 name = "pm0"
 size = {REGION}

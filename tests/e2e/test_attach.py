@@ -18,7 +18,7 @@ from typing import Any
 
 import judge
 import pytest
-from supervised import APPEND, MEMORY, NAME, PAGE, REGION, SECONDS, Image, Run, Supervised
+from supervised import CPU, MEMORY, NAME, PAGE, QEMU, REGION, SECONDS, Image, Run, Supervised
 from test_disks import WRITERS, image, methods
 from test_drained_guest import POLICY
 from test_full import ORDINARY, different_pages, export, goes_on
@@ -69,10 +69,10 @@ class Theirs(Supervised):
             *("-device", "virtserialport,chardev=test,name=org.perdure.test.0"),
         ]
         boots = ["-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)]
-        boots += ["-append", APPEND]
+        boots += ["-append", self.image.append]
         return [
-            *("qemu-system-x86_64", "-name", "theirs", "-nodefaults", "-display", "none"),
-            *("-accel", "tcg", "-cpu", "max"),
+            *(str(QEMU), "-name", "theirs", "-nodefaults", "-display", "none"),
+            *("-accel", "tcg", "-cpu", CPU),
             *("-qmp", f"unix:{self.folder}/{QMP},server=on,wait=off", "-serial", f"file:{self.folder}/console"),
             *("-device", "pvpanic-pci"),
             *memory,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import MIB, NAME, PAGE, SECONDS, GuestGoneError, Image, Supervised
+from supervised import MIB, NAME, PAGE, QEMU, SECONDS, GuestGoneError, Image, Supervised
 
 from base.errors import ConflictError
 from perdure.control import call
@@ -568,11 +568,11 @@ def test_what_comes_before_the_first_instruction_can_be_interrupted(guest_image:
             f"""\
 #!/bin/sh
 case "$1" in -name) [ -e {once} ] || {{ touch {once}; kill -KILL $PPID; }} ;; esac
-exec qemu-system-x86_64 "$@"
+exec {QEMU} "$@"
 """
         )
         wrapper.chmod(0o755)
-        with described(vm, ('accelerator = "tcg"', f'accelerator = "tcg"\nqemu = "{wrapper}"')):
+        with described(vm, (f'"{QEMU}"', f'"{wrapper}"')):
             assert vm.start().ended() == -signal.SIGKILL
             boot(vm)
             assert len(qemus(vm)) == 1
@@ -769,9 +769,7 @@ def test_a_damaged_generation_is_not_booted(stopped: Supervised) -> None:
         assert f"packs/{pack.name} at offset " in said
         assert "--from" in said and "--without-restore" in said
         assert_nothing_left(vm)
-        with described(
-            vm, ('accelerator = "tcg"', 'accelerator = "tcg"\nqemu = "nothing"')
-        ):  # nothing is restored for it
+        with described(vm, (f'"{QEMU}"', '"nothing"')):  # nothing is restored for it
             assert "no program nothing" in vm.refused("run", str(toml(vm)), "--from", f"{NAME}@2")
         boot(vm, "--from", f"{NAME}@1")
         assert vm.guest.run("holds('kept', 4 << 20, 1)")

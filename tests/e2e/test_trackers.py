@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from guest_fixtures import load
+from supervised import CPU, QEMU
 
 from base import extents
 from base.disk import Disk
@@ -77,10 +78,17 @@ class Guest:
         with open(folder / "qemu.log", "wb") as log:
             self.process = subprocess.Popen(
                 [
-                    *("qemu-system-x86_64", "-S", "-accel", "tcg", "-m", f"{MEMORY >> 20}M", "-nodefaults"),
-                    *("-machine", "q35,memory-backend=ram0", "-cpu", "max", "-display", "none"),
+                    *(str(QEMU), "-S", "-accel", "tcg", "-m", f"{MEMORY >> 20}M", "-nodefaults"),
+                    *("-machine", "q35,memory-backend=ram0", "-cpu", CPU, "-display", "none"),
                     *("-object", f"memory-backend-file,id=ram0,size={MEMORY},mem-path={self.memory},share=on"),
-                    *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", "quiet panic=-1"),
+                    *(
+                        "-kernel",
+                        str(image.kernel),
+                        "-initrd",
+                        str(image.initrd),
+                        "-append",
+                        image.append.removeprefix("console=ttyS0 "),
+                    ),
                     *("-drive", f"file={disk},format=raw,if=none,id=disk,cache={cache},readonly=on"),
                     *("-device", "virtio-blk-pci,drive=disk", "-device", "virtio-serial-pci"),
                     *("-chardev", f"socket,id=test,path={folder}/test,server=on,wait=off"),

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from conftest import MIB, Place
 from guest_fixtures import load
-from supervised import APPEND
 
 from base.errors import VirtualMachineError
 from base.extents import total
@@ -95,7 +94,7 @@ def test_no_room_for_what_the_guest_overwrites_breaks_the_instant_and_not_its_wr
     described = place.describe(
         kernel=place.image.kernel,
         initrd=place.image.initrd,
-        append=APPEND,
+        append=place.image.append,
         disks=(Disk("one", file),),
         extra=("-chardev", f"socket,id=test,path={place.root}/test.sock,server=on,wait=off", "-device", port),
     )

@@ -101,9 +101,9 @@ SUPERVISOR = textwrap.dedent("""
         print("launched", process.pid, flush=True)
         await asyncio.sleep(600)
 
-    image = conftest.GuestImage(*map(Path, sys.argv[1:4]))
-    place = conftest.Place("demo", image, Path(sys.argv[4]))
-    process = place.launch(place.describe(sys.argv[5]))
+    image = conftest.GuestImage(*map(Path, sys.argv[1:5]))
+    place = conftest.Place("demo", image, Path(sys.argv[5]))
+    process = place.launch(place.describe(sys.argv[6]))
     asyncio.run(run())
 """)
 
@@ -111,7 +111,7 @@ SUPERVISOR = textwrap.dedent("""
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_guest_survives_its_supervisor(place, number):
     image = place.image
-    arguments = [str(each) for each in (image.kernel, image.initrd, image.busybox, place.root, TICKS)]
+    arguments = [str(each) for each in (image.kernel, image.initrd, image.busybox, image.packed, place.root, TICKS)]
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR, *arguments],
         stdout=subprocess.PIPE,
