@@ -15,6 +15,7 @@ from base.arrays import distinct
 from base.errors import IntegrityError
 from store import format as layout
 from store.index.chunks import LOCATION, Index
+from store.index.held import HeldIndex
 from store.packs import FrameReader, PackWriter, SealingKeys, WrittenPack, delete_packs
 from store.pagemap import FANOUT
 from store.storage import Storage
@@ -55,9 +56,10 @@ class StoredNodes:
         self._environment, self._index, self._frames, self._packs = environment, index, frames, packs
         self._there: set[int] = set()
 
-    def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Nodes (n, 32, 32) of the given ids (n, 32). Raises IntegrityError for one that is not there."""
-        locations = self.locate(ids)
+    def fetch(self, level: int, ids: NDArray[np.uint8], locations: NDArray[np.void] | None = None) -> NDArray[np.uint8]:
+        """Nodes (n, 32, 32) of the given ids (n, 32), at `locations` (n,) where these are known. Raises IntegrityError
+        for one that is not there."""
+        locations = self.locate(ids) if locations is None else locations
         for _ in range(LOOKS):
             try:
                 missing = np.flatnonzero(locations["pack"] == 0)
@@ -91,6 +93,11 @@ class StoredNodes:
         """Locations (n,) of ids, pack 0 where there is none."""
         with self._environment.read() as txn:
             return self._index.lookup(txn, ids)
+
+    def held(self) -> HeldIndex | None:
+        """What the index says now, in memory; None where it is too large for that, or empty."""
+        with self._environment.read() as txn:
+            return HeldIndex.of(self._index, txn)
 
     def locate_to_keep(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
         """Locations (n,) of what is in use: the reusable ones where there are such, else any."""

@@ -351,9 +351,18 @@ class FrameReader:
         """The chunks in `slots` of a frame, proven to be those `wanted` (n, 32): uint8 (n, chunk size)."""
         return self.proven(pack, number, self.frame(pack, number, cache=False), slots, wanted)
 
-    def expect(self, pack: int) -> None:
-        """Frames of this pack are going to be read. Raises IntegrityError for a pack that is not known."""
-        self._storage.expect(layout.pack_name(self._packs.pack(pack).header.pack_id))
+    def expect(self, pack: int, first: int = 0, last: int | None = None) -> None:
+        """Frames [first, last) of this pack, or all that follow, are going to be read. Raises IntegrityError for a pack
+        that is not known."""
+        entry = self._packs.pack(pack)
+        begin, end = (int(entry.offsets[min(each, len(entry.offsets) - 1)]) for each in (first, last or 1 << 32))
+        if end > begin:
+            self._storage.expect(layout.pack_name(entry.header.pack_id), begin, end - begin)
+
+    def footer(self, pack: int) -> PackInfo:
+        """What this pack holds, from its footer. Raises IntegrityError, also for a pack that is not known, and
+        StorageError."""
+        return read_pack(self._storage, self._keys, self._packs.pack(pack).header.pack_id)
 
     def several(self, pack: int, numbers: list[int]) -> Iterator[OpenedFrame | IntegrityError]:
         """Frames of one pack, ascending, or why each cannot be had; neighbours are read from the disk in one piece.

@@ -23,6 +23,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from base.arrays import distinct
 from base.extents import Extents, from_numbers, normalise
 
 FANOUT = 32
@@ -111,18 +112,31 @@ def clear(root: Root, extents: Extents, source: NodeSource, sink: NodeSink, keys
 def lookup(root: Root, source: NodeSource, numbers: Numbers) -> Ids:
     """Chunk ids (n, 32) at ascending numbers (n,), zero where there is nothing. Raises IntegrityError."""
     found = np.zeros((len(numbers), ID_BYTES), np.uint8)
-    inside = int(np.searchsorted(numbers, np.uint64(_span(root.height))))
-    if root.id == ZERO_ID:
+    for start in range(0, len(numbers), _LOOKUPS):
+        part = numbers[start : start + _LOOKUPS].astype(np.int64)
+        leaves = distinct(part >> _BITS)
+        nodes = leaf_nodes(root, source, leaves)
+        found[start : start + len(part)] = nodes[np.searchsorted(leaves, part >> _BITS), part & (FANOUT - 1)]
+    return found
+
+
+def leaf_nodes(root: Root, source: NodeSource, wanted: NDArray[np.int64]) -> Nodes:
+    """The lowest nodes, each with the ids of FANOUT chunks that follow each other, by their numbers (n,), ascending and
+    each once: uint8 (n, FANOUT, 32), zeros for what is zero or beyond the end. Raises IntegrityError."""
+    found = np.zeros((len(wanted), FANOUT, ID_BYTES), np.uint8)
+    numbers = wanted[wanted < -(-_span(root.height) // FANOUT)]
+    if root.id == ZERO_ID or not len(numbers):
         return found
-    for start in range(0, inside, _LOOKUPS):
-        part = numbers[start : min(start + _LOOKUPS, inside)].astype(np.int64)
-        current = np.broadcast_to(np.frombuffer(root.id, np.uint8), (len(part), ID_BYTES))
-        for level in range(root.height, 0, -1):
-            places, first, back = np.unique(part >> (_BITS * level), return_index=True, return_inverse=True)
-            nodes = _fetched(source, level, current[first])
-            assert len(nodes) == len(places)
-            current = nodes[back, (part >> (_BITS * (level - 1))) & (FANOUT - 1)]
-        found[start : start + len(part)] = current
+    places, ids = _top(root)
+    for level in range(root.height, 1, -1):
+        content = _fetched(source, level, ids)
+        below = distinct(numbers >> (_BITS * (level - 2)))
+        ids = content[np.searchsorted(places, below >> _BITS), below & (FANOUT - 1)]
+        places = below
+    if root.height:
+        found[: len(numbers)] = _fetched(source, 1, ids)
+    else:
+        found[0, 0] = ids[0]
     return found
 
 

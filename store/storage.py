@@ -84,8 +84,8 @@ class Storage(Protocol):
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of an object; fewer at its end. Raises ObjectMissingError, StorageError."""
 
-    def expect(self, name: str) -> None:
-        """All of it is going to be read, in pieces: what can be done ahead may be. Raises nothing."""
+    def expect(self, name: str, offset: int, length: int) -> None:
+        """These bytes are going to be read, in pieces: what can be done ahead may be. Raises nothing."""
 
     def size(self, name: str) -> int:
         """Length in bytes. Raises ObjectMissingError."""
@@ -166,9 +166,9 @@ class LocalStorage:
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         return self._reading(name, lambda descriptor: _pread(descriptor, offset, length))
 
-    def expect(self, name: str) -> None:
+    def expect(self, name: str, offset: int, length: int) -> None:
         with suppress(PerdureError):
-            self._reading(name, _will_need)
+            self._reading(name, lambda descriptor: _will_need(descriptor, offset, length))
 
     def size(self, name: str) -> int:
         try:
@@ -257,8 +257,8 @@ class LocalStorage:
         return descriptor
 
 
-def _will_need(descriptor: int) -> bytes:
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+def _will_need(descriptor: int, offset: int, length: int) -> bytes:
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
     return b""
 
 

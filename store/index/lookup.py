@@ -72,7 +72,7 @@ class IndexReader:
                             better &= ~runs.among(locations["pack"], skip)
                         if not better.all():
                             chosen, locations = chosen[better], locations[better]
-                        _words(best)[chosen] = _words(locations)
+                        runs.location_words(best)[chosen] = runs.location_words(locations)
                 place = np.empty(len(order), np.intp)
                 place[order] = np.arange(len(order))
                 found[start : start + len(order)] = best.take(place)
@@ -169,6 +169,11 @@ class IndexReader:
         """All columns of that part: views. Raises DamagedValueError, lmdb.Error."""
         return Columns(self.prefix(txn, run, at), *self.body(txn, run, at))
 
+    def hints(self, txn: lmdb.Transaction, run: Run, at: int) -> tuple[Prefixes, Locations]:
+        """Prefix and location columns of that part, not checked, as of parts.decode_hints: views."""
+        values = (txn.get(key, db=self._database("parts")) for key in (run.prefix_key(at), run.body_key(at)))
+        return parts.decode_hints(run, at, *values)
+
     def _trusted(self, run: Run) -> set[bytes]:
         known = self._known.get(run.number)
         return known[2] if known else set()
@@ -223,8 +228,3 @@ class IndexReader:
         chosen = asked[hits]
         same = runs.equal(rest, queries, chosen) & plain
         yield (chosen, location) if same.all() else (chosen[same], location[same])
-
-
-def _words(locations: Locations) -> NDArray[np.uint32]:
-    """The same memory as plain numbers (n, 3), which numpy moves four times as fast."""
-    return locations.view("<u4").reshape(-1, 3)

@@ -195,6 +195,11 @@ def words(rest: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(rest).view(np.uint64)
 
 
+def location_words(locations: Locations) -> NDArray[np.uint32]:
+    """The memory of locations (n,) as plain numbers (n, 3), which numpy moves four times as fast."""
+    return locations.view("<u4").reshape(-1, 3)
+
+
 def equal(rest: NDArray[np.uint64], queries: Queries, chosen: Positions) -> NDArray[np.bool_]:
     """Whether rests, as words (n, 3), are those of the chosen queries (n,)."""
     wanted = queries.words.take(chosen, axis=0)
