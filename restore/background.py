@@ -13,7 +13,6 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from base.arrays import distinct
 from base.errors import IntegrityError, LockedError, StorageError
 from base.units import PAGE
 from restore import claims as record
@@ -21,6 +20,7 @@ from restore.claims import Claims
 from restore.placement import ZEROS, Placer, Served, add, by_frame
 from restore.plan import NOTHING, WINDOW, MovedError, Window
 from restore.working_set import WorkingSet
+from store.locating import Locator
 
 UNREADABLE = (IntegrityError, StorageError, LockedError)
 """What reading the store fails with: whoever waits for it goes on waiting."""
@@ -30,9 +30,7 @@ _PLAN_BATCH, _PLAN_BATCH_EARLY = 4, 32
 cheaper."""
 _PLAN_AHEAD = 1 << 20
 """Pages that are planned and not placed, at most: 64 bytes each."""
-_GAP = 8
-"""Windows between two that are known: planned with them, since that is cheaper than to begin anew."""
-_KNOWN_BATCH = 256
+_KNOWN_BATCH = 32
 """Known pages that are looked up in one step."""
 _KEPT_BYTES = 64 << 20
 """Opened before there is a QEMU to put it into, at most."""
@@ -47,20 +45,19 @@ class Background:
     def __init__(
         self,
         regions: Sequence[Served],
+        locator: Locator,
         claims: Claims,
         working_set: WorkingSet,
         unread: Callable[[Served, int, str], None],
     ) -> None:
         self._regions, self._claims, self._unread = regions, claims, unread
+        self._locator: Locator | None = locator
         self._fetching: Iterator[_Fetched | None] | None = self._known(working_set)
         self._kept: deque[_Fetched] = deque()
-        self._zeros: deque[tuple[Served, int]] = deque()
+        self._zeros: deque[tuple[Served, int, Window]] = deque()
         self._kept_bytes = 0
         self._placer: Placer | None = None
-        unknown = [served for served in regions if not len(working_set.pages(served.name))]
-        for served in unknown:  # a cold QEMU starts, and reads from the same disk: what nobody is known to want waits
-            served.plan.reads_ahead = False
-        self._nodes_ahead = deque(unknown)
+        self._nodes_ahead = deque(regions)
         self.begin()
 
     def begin(self) -> None:
@@ -68,14 +65,11 @@ class Background:
         self._ranges: Iterator[tuple[Served, int, int]] | None = self._occupied()
         self._range: tuple[Served, int, int] | None = None
         self._planned: deque[tuple[Served, int]] = deque()
-        self._unlocated: deque[tuple[Served, int]] = deque()
         self._filling: Iterator[None] | None = None
 
     def attach(self, placer: Placer) -> None:
         """There is a QEMU to put pages into."""
         self._placer = placer
-        for served in self._regions:
-            served.plan.read_ahead()
 
     # Steps
 
@@ -84,6 +78,10 @@ class Background:
         try:
             if self._nodes_ahead:
                 self._nodes_ahead.popleft().plan.read_nodes_ahead()
+                return True
+            if self._locator is not None:
+                locator, self._locator = self._locator, None
+                locator.hold()
                 return True
             if self._fetching is not None and self._kept_bytes < _KEPT_BYTES:
                 try:
@@ -95,23 +93,10 @@ class Background:
                     self._kept.append(found)
                     self._kept_bytes += found[2].nbytes
                 return True
-            if self._ahead < _PLAN_AHEAD and self._plan_next(_PLAN_BATCH_EARLY):
-                return True
-            return self._locate_some(_PLAN_BATCH_EARLY)
+            return self._ahead < _PLAN_AHEAD and self._plan_next(_PLAN_BATCH_EARLY)
         except UNREADABLE:
             self.begin()
             return False
-
-    def _locate_some(self, batch: int) -> bool:
-        """Look up where the next planned windows are; False if that is known of all."""
-        if not self._unlocated:
-            return False
-        served = self._unlocated[0][0]
-        numbers: list[int] = []
-        while self._unlocated and self._unlocated[0][0] is served and len(numbers) < batch:
-            numbers.append(self._unlocated.popleft()[1])
-        served.plan.locate(*(served.plan.windows[each] for each in numbers if each in served.plan.windows))
-        return True
 
     def fetch(self) -> bool:
         """Put one frame of what earlier resumes touched first; False if that is done. Raises ConflictError."""
@@ -141,8 +126,6 @@ class Background:
             return True
         if self._ahead < _PLAN_AHEAD and self._plan_next(_PLAN_BATCH):
             return True
-        if self._locate_some(_PLAN_BATCH):
-            return True
         if self._planned:
             self._filling = self.fill_window(*self._planned.popleft())
             return True
@@ -154,7 +137,6 @@ class Background:
         while again:
             again = False
             window = self.window(served, number)
-            served.plan.locate(window)
             for each in by_frame(window, np.arange(len(window.numbers))):
                 members = served.missing(window, each)
                 if len(members):
@@ -176,20 +158,17 @@ class Background:
 
     def window(self, served: Served, number: int) -> Window:
         """A window, planned if it was not. Raises UNREADABLE."""
-        plan = served.plan
         if served.is_finished(number):
             return NOTHING
-        if number not in plan.windows:
+        if number not in served.plan.windows:
             self._plan(served, number, number + 1)
-        return plan.windows[number]
+        return served.plan.windows[number]
 
-    def _plan(self, served: Served, first: int, last: int) -> list[Window]:
-        """Plan windows, and count what there is in those that were not planned, which are given."""
-        windows = served.plan.plan(first, last)
-        for window in windows:
+    def _plan(self, served: Served, first: int, last: int) -> None:
+        """Plan windows, and count what there is in those that were not planned."""
+        for window in served.plan.plan(first, last):
             add(self._claims, record.PLANNED, len(window.numbers))
             add(self._claims, record.PLACED, int(np.count_nonzero(served.claims[window.numbers])))
-        return windows
 
     def _plan_next(self, batch: int) -> bool:
         """Plan the next windows; False if all are."""
@@ -201,10 +180,8 @@ class Background:
             return False
         served, low, last = self._range
         high = min(low + batch, last)
-        served.plan.foresee(self._plan(served, low, high))
-        planned = [(served, number) for number in range(low, high)]
-        self._planned += planned
-        self._unlocated += planned
+        self._plan(served, low, high)
+        self._planned += [(served, number) for number in range(low, high)]
         self._range = (served, high, last) if high < last else None
         return True
 
@@ -220,59 +197,46 @@ class Background:
     # Pages
 
     def _known(self, working_set: WorkingSet) -> Iterator[_Fetched | None]:
-        """Frames of the pages that earlier resumes waited for, in that order, with all of the window that they hold, as
-        it came along then. None is a step that opens none; pages of zeros are noted."""
+        """Frames of the pages that earlier resumes waited for, in that order, with all that they hold of the leaves
+        around. None is a step that opens none; pages of zeros are noted."""
         for served in self._regions:
             pages = working_set.pages(served.name)
             pages = pages[pages < len(served.claims)]
-            for first, last in _ranges(pages // WINDOW):
-                with suppress(*UNREADABLE):  # which is met again
-                    served.plan.foresee(self._plan(served, first, last))
+            there = np.zeros(len(served.claims), np.bool_)  # what is opened
+            for some in np.split(pages, range(_KNOWN_BATCH, len(pages), _KNOWN_BATCH)):
+                found = self._found(served, some[(served.claims[some] == 0) & ~there[some]])
                 yield None
-            for start in range(0, len(pages), _KNOWN_BATCH):
-                found = self._found(served, pages[start : start + _KNOWN_BATCH])
-                yield None
-                yield from self._opened(served, found)
+                for window, at, place in found:
+                    number = window.numbers[at]
+                    if not there[number] and not served.claims[number]:
+                        with suppress(*UNREADABLE):  # which is met again
+                            frame, _ = served.plan.open(window, at, place)
+                            members, slots = window.held_by(frame)
+                            there[window.numbers[members]] = True
+                            yield served, window.numbers[members], frame.take(slots)
 
     def _found(self, served: Served, pages: NDArray[np.int64]) -> list[tuple[Window, int, NDArray[np.void]]]:
-        """Windows of known pages, their members there, and where these are."""
+        """What is around known pages, their members there, and where these are."""
         members = []
-        for page in pages.tolist():
-            number = page // WINDOW
-            if not served.is_finished(number) and number not in served.plan.windows:
-                continue  # it could not be planned: nothing is known of it
-            window = self.window(served, number)
-            at = window.find(page)
-            if at >= 0:
-                members.append((window, at))
-            elif not served.claims[page]:
-                self._zeros.append((served, page))
-        if not members:
-            return []
         try:
+            for page, window in zip(pages.tolist(), served.plan.around(pages), strict=True):
+                at = window.find(page)
+                if at >= 0:
+                    members.append((window, at))
+                else:
+                    self._zeros.append((served, page, window))
+            if not members:
+                return []
             places = served.plan.places(np.stack([window.ids[at] for window, at in members]))
-        except UNREADABLE:
+            served.plan.expect(places)
+        except UNREADABLE:  # which is met again
             return []
         return [(window, at, places[each : each + 1]) for each, (window, at) in enumerate(members)]
 
-    def _opened(self, served: Served, found: list[tuple[Window, int, NDArray[np.void]]]) -> Iterator[_Fetched]:
-        seen: set[tuple[int, int, int]] = set()
-        for window, at, place in found:
-            key = int(window.numbers[0]), int(place["pack"][0]), int(place["frame"][0])
-            if key in seen or served.claims[window.numbers[at]]:
-                continue
-            seen.add(key)
-            try:
-                frame, _ = served.plan.open(window, at, place)
-            except UNREADABLE:
-                continue
-            members, slots = window.held_by(frame)
-            yield served, window.numbers[members], frame.take(slots)
-
-    def put_zeros(self, served: Served, page: int) -> None:
+    def put_zeros(self, served: Served, page: int, window: Window) -> None:
         """A page that is zero in the generation, with its neighbours that are. Raises ConflictError."""
         assert self._placer is not None
-        first, last = self.window(served, page // WINDOW).zeros(page, ZEROS)
+        first, last = window.zeros(page, ZEROS)
         self._placer.zeros(served, first, min(last, len(served.claims)))
 
     def _put_known(self, served: Served, numbers: NDArray[np.int64], chunks: NDArray[np.uint8]) -> None:
@@ -282,15 +246,10 @@ class Background:
     def put(self, served: Served, numbers: NDArray[np.int64], chunks: NDArray[np.uint8]) -> None:
         """Pages and their content (n, PAGE), those that are there left out. Raises ConflictError."""
         assert self._placer is not None
-        add(self._claims, record.PLACED, self._placer.several(served, numbers, chunks))
+        put = self._placer.several(served, numbers, chunks)
+        self.count(served, numbers, put)
 
-
-def _ranges(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Ranges of windows that cover these numbers, at most a batch in each."""
-    ranges: list[tuple[int, int]] = []
-    for number in distinct(numbers).tolist():
-        if ranges and number - ranges[-1][1] <= _GAP and number - ranges[-1][0] < _PLAN_BATCH_EARLY:
-            ranges[-1] = ranges[-1][0], number + 1
-        else:
-            ranges.append((number, number + 1))
-    return ranges
+    def count(self, served: Served, numbers: NDArray[np.int64], put: int) -> None:
+        """So many pages of one window were put, which counts when that is planned, for what is planned later."""
+        if len(numbers) and int(numbers[0]) // WINDOW in served.plan.windows:
+            add(self._claims, record.PLACED, put)

@@ -62,15 +62,15 @@ class LazyRestore:
         """Before QEMU is started: the record, and a server that gets ready meanwhile. `files`: backing files by region,
         all holes; `folder` is the VM's runtime folder. Raises NotFoundError, IntegrityError (a region is hurt),
         StorageError, VirtualMachineError."""
-        with GenerationReader(repository, generation) as reader:
-            for name in files:
-                reader.require_whole(reader.region(name))
         sizes = {name: (path.name, path.stat().st_size) for name, path in files.items()}
         claims = Claims.create(memory, generation.vm, generation, sizes)
         made = cls(repository, _job(repository, memory, folder, working_sets), claims, folder, nursery)
         try:
-            made._hold(generation)
             made._send()
+            made._hold(generation)
+            with GenerationReader(repository, generation) as reader:
+                for name in files:
+                    reader.require_whole(reader.region(name))
         except BaseException:
             made.abandon()
             raise

@@ -17,6 +17,7 @@ from base.progress import Progress, silent
 from base.units import PAGE
 from restore.claims import Claims
 from restore.plan import MovedError, RegionPlan, Window
+from store.locating import Locator
 from store.reader import GenerationReader
 from store.repository import Repository
 
@@ -44,15 +45,15 @@ def fill(repository: Repository, memory: Path, regions: Collection[str], progres
                 raise StorageError.from_os(error, str(memory / file), "open") from error
             stack.callback(os.close, backing[name])
         claims.take_over(backing)
+        locator = Locator(repository.nodes, repository.frames)
         for name, _, size in claims.facts.regions:
             if name in regions:
-                plan = RegionPlan(repository.nodes, repository.frames, reader.region(name))
+                plan = RegionPlan(repository.nodes, locator, repository.frames, reader.region(name))
                 for first, last in plan.occupied(_BATCH):
                     for low in range(first, last, _BATCH):
                         high = min(low + _BATCH, last)
                         plan.plan(low, high)
                         for number in range(low, high):
-                            plan.locate(plan.windows[number])
                             _fill_window(claims, name, plan, plan.windows[number], backing[name])
                             plan.finish(number)
                         progress(f"completing {name}", min(high * 1024 * PAGE, size), size)

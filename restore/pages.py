@@ -23,9 +23,10 @@ from base.workers import usable_cores
 from restore import claims as record
 from restore.background import UNREADABLE, Background
 from restore.claims import Claims
-from restore.placement import ZERO, Placer, Served, add, address_of
+from restore.placement import ZERO, Placer, Served, address_of
 from restore.plan import WINDOW, Frame, RegionPlan, Window, nearest_first
 from restore.working_set import WorkingSet
+from store.locating import Locator
 from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
@@ -56,6 +57,7 @@ class PageServer:
         self._name = generation.name
         self._resources = ExitStack()
         self._regions: list[Served] = []
+        locator = Locator(repository.nodes, repository.frames)
         try:
             reader = self._resources.enter_context(GenerationReader(repository, generation, kept=True))  # for its lease
             for at, (name, file, size) in enumerate(claims.facts.regions):
@@ -64,7 +66,7 @@ class PageServer:
                 assert region.root.length == size
                 backing = os.open(claims.folder / file, os.O_RDONLY | os.O_CLOEXEC)
                 self._resources.callback(os.close, backing)
-                plan = RegionPlan(repository.nodes, repository.frames, region)
+                plan = RegionPlan(repository.nodes, locator, repository.frames, region)
                 self._regions.append(Served(at, name, plan, claims.pages[name], backing, []))
         except BaseException:
             self._resources.close()
@@ -79,7 +81,7 @@ class PageServer:
         self._rest: deque[Iterator[None]] = deque(maxlen=_RESTS_MAX)
         self._began_at = self._answered_at = 0.0
         self._spins, self._spin_s = False, _SPIN_S if usable_cores() > 1 else 0.0
-        self._background = Background(self._regions, claims, working_set, self._not_read)
+        self._background = Background(self._regions, locator, claims, working_set, self._not_read)
 
     def get_ready(self) -> bool:
         """One step of what can be done before there is a QEMU; False if nothing is left of that."""
@@ -190,23 +192,24 @@ class PageServer:
         at = window.find(page)
         if at < 0:
             self._placer.one(served, page, ZERO[0])
-            self._rest.append(self._zeros_beside(served, page))
+            self._rest.append(self._zeros_beside(served, page, window))
             return
         frame, slot = served.plan.open(window, at)
         self._placer.one(served, page, frame.chunks[slot])
-        add(self._claims, record.PLACED, 1)
+        self._background.count(served, window.numbers[at : at + 1], 1)
         self._rest.append(self._rest_of(served, window, frame, page))
 
     def _rest_of(self, served: Served, window: Window, frame: Frame, page: int) -> Iterator[None]:
         """What comes along with a page that was waited for: all that its frame has of the window, some pages a step."""
+        served.plan.read_ahead(frame)
         members, slots = window.held_by(frame)
         numbers = window.numbers[members]
         for some in nearest_first(numbers, page):
             yield
             self._background.put(served, numbers[some], frame.take(slots[some]))
 
-    def _zeros_beside(self, served: Served, page: int) -> Iterator[None]:
-        self._background.put_zeros(served, page)
+    def _zeros_beside(self, served: Served, page: int, window: Window) -> Iterator[None]:
+        self._background.put_zeros(served, page, window)
         yield
 
     def _hold(self, served: Served, page: int, error: Exception) -> None:

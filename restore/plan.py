@@ -1,17 +1,17 @@
 """Where each page of a region comes from: the page map as arrays, window by window, only as far as it is wanted.
 
-A window is 1024 pages (4 MiB). Planning one is a walk to the 32 lowest nodes, which gives the ids of its pages. Where
-they are stored is looked up after that, for a window that somebody waits for at once, for the rest in batches: looking
-up is most of planning (0.3 of 0.4 s for 2 GiB). Of a few known pages it is looked up by their ids alone, since the
-frame that one is in says by its own ids which other pages of the window it holds. The nodes above are kept, at most
-8 MiB of them, and a window is given up when nothing of it is left to place, so that memory follows what is planned
-ahead and never the region. Belongs to one thread.
+A window is 1024 pages (4 MiB): planning it is a walk to the 32 lowest nodes, which have the ids of its pages, and
+finding out where these are stored, in batches, since that is cheaper. Of a page that is known to be wanted no more
+than its leaf is needed, the 32 pages of one lowest node, and the two beside it: the frame that the page is in says by
+its own ids which of them it holds. The nodes above are kept, at most 8 MiB of them, and a window is given up
+when nothing of it is left to place, so that memory follows what is planned ahead and never the region. Belongs to one
+thread.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,29 +23,35 @@ from base.errors import ConflictError, IntegrityError
 from base.units import PAGE
 from store import pagemap
 from store.index.chunks import LOCATION
+from store.index.held import prefixes
+from store.locating import Locator
 from store.nodes import LOOKS, StoredNodes
 from store.packs import FrameReader
 from store.records import Region
 
-WINDOW = 1024
+WINDOW, LEAF = 1024, pagemap.FANOUT
 _KEPT_NODES, _KEPT_FRAMES = 8192, 2
-_EXPECTED_PACKS = 16
 _TOGETHER = 8
 """Pages that are placed in one step where somebody may come to wait: 5 us each."""
-_FORESEEN = 128
-"""Of so many pages one says in which pack they are likely to be."""
+_AHEAD = 16
+"""Frames, some 0.5 MiB of a pack, that the kernel reads together where somebody waited for one of them."""
 
 
 @dataclass(slots=True, eq=False)
 class Window:
-    """Non-zero pages of a window, ascending: `numbers` int64 (n,), `ids` uint8 (n, 32); once it is `located` also
-    `locations` LOCATION (n,), and `frames` uint64 (n,), which is equal for pages that are in one frame."""
+    """Non-zero pages of a window, ascending: `numbers` int64 (n,), `ids` uint8 (n, 32), `locations` LOCATION (n,), and
+    `frames` uint64 (n,), which is equal for pages that are in one frame. Of few leaves the latter two are empty: it is
+    not `located`."""
 
     numbers: NDArray[np.int64]
     ids: NDArray[np.uint8]
     locations: NDArray[np.void] = field(default_factory=lambda: np.empty(0, LOCATION))
     frames: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    located: bool = False
+
+    @property
+    def located(self) -> bool:
+        """Whether it says where its pages are."""
+        return len(self.locations) == len(self.ids)
 
     def find(self, page: int) -> int:
         """Its place in the arrays; -1 if the page is zero."""
@@ -67,11 +73,7 @@ class Window:
             members = np.flatnonzero(self.frames == np.uint64(frame.pack << 32 | frame.number))
             slots = np.minimum(self.locations["slot"][members].astype(np.intp), len(frame.ids) - 1)
         else:
-            keys, mine = _prefixes(frame.ids), _prefixes(self.ids)
-            order = np.argsort(keys)
-            slots = order[np.minimum(np.searchsorted(keys, mine, sorter=order), len(keys) - 1)]
-            members = np.flatnonzero(keys[slots] == mine)
-            slots = slots[members]
+            members, slots = np.nonzero(prefixes(self.ids)[:, None] == prefixes(frame.ids))
         same = (frame.ids[slots] == self.ids[members]).all(axis=1)
         return (members, slots) if same.all() else (members[same], slots[same])
 
@@ -95,18 +97,17 @@ class Frame:
 class RegionPlan:
     """One region's; `windows` are the planned ones by number."""
 
-    def __init__(self, nodes: StoredNodes, frames: FrameReader, region: Region) -> None:
-        """Raises ConflictError for a region that is not kept in pages."""
+    def __init__(self, nodes: StoredNodes, locator: Locator, frames: FrameReader, region: Region) -> None:
+        """`locator` may be shared by regions. Raises ConflictError for a region that is not kept in pages."""
         if region.root.chunk_size != PAGE or region.root.length % PAGE:
             raise ConflictError(f"region {region.name} is not kept in pages, and cannot be restored lazily")
         self.region = region
         self.windows: dict[int, Window] = {}
         self.finished = np.zeros(self.count, np.bool_)
         """Windows of which nothing is left to place: what of them is not claimed is zero."""
-        self._nodes, self._stored, self._frames = _KeptNodes(nodes), nodes, frames
-        self._expected, self._put_off = {0}, set[int]()
-        self.reads_ahead = True
-        """Whether packs that come up are read ahead at once; `read_ahead` does it for those that came up before."""
+        self._nodes, self._stored, self._frames = _KeptNodes(nodes, locator), nodes, frames
+        self._locator = locator
+        self._expected: set[tuple[int, int]] = set()
         self._opened: OrderedDict[tuple[int, int], Frame] = OrderedDict()
 
     @property
@@ -125,31 +126,31 @@ class RegionPlan:
         parts = list(pagemap.leaves(self.region.root, self._nodes, first * WINDOW, last * WINDOW))
         numbers = np.concatenate([np.empty(0, np.uint64), *(each for each, _ in parts)]).astype(np.int64)
         ids = np.concatenate([np.empty((0, pagemap.ID_BYTES), np.uint8), *(each for _, each in parts)])
+        locations = self._locator.locate(ids)
+        frames = _frames(locations)
         new = []
         edges = np.searchsorted(numbers, np.arange(first, last + 1) * WINDOW).tolist()
         for window, low, high in zip(range(first, last), edges[:-1], edges[1:], strict=True):
             if window not in self.windows and not self.finished[window]:
-                found = Window(numbers[low:high], ids[low:high])
+                part = slice(low, high)
+                found = Window(numbers[part], ids[part], locations[part], frames[part])
                 self.windows[window] = found
                 new.append(found)
         return new
 
-    def locate(self, *windows: Window) -> None:
-        """Look up where all of some windows is. Raises StorageError, IntegrityError."""
-        wanted = [window for window in windows if not window.located]
-        if wanted:
-            locations = self._stored.locate(np.concatenate([window.ids for window in wanted]))
-            self._expect(locations)
-            for window, mine in zip(
-                wanted, np.split(locations, np.cumsum([len(each.ids) for each in wanted[:-1]])), strict=True
-            ):
-                window.locations, window.frames, window.located = mine.copy(), _frames(mine), True
-
-    def foresee(self, windows: Sequence[Window]) -> None:
-        """Have the kernel read packs that some windows are in: those of a few of their pages. Raises as `locate`."""
-        some = [window.ids[::_FORESEEN] for window in windows if not window.located]
-        if some:
-            self._expect(self._stored.locate(np.concatenate(some)))
+    def around(self, pages: NDArray[np.int64]) -> list[Window]:
+        """For each of these pages (n,) its leaf and the two beside it, in which all is that a frame has with it; not
+        located. Raises IntegrityError, StorageError."""
+        leaves = pages // LEAF
+        wanted = distinct(np.concatenate([leaves + 1, leaves, np.maximum(leaves - 1, 0)]))
+        nodes = pagemap.leaf_nodes(self.region.root, self._nodes, wanted)
+        found = []
+        for leaf in leaves.tolist():
+            some = slice(*np.searchsorted(wanted, [leaf - 1, leaf + 2]).tolist())
+            ids = nodes[some].reshape(-1, pagemap.ID_BYTES)
+            live = np.flatnonzero(ids.any(axis=1))
+            found.append(Window(live + int(wanted[some.start]) * LEAF, ids[live]))
+        return found
 
     def open(self, window: Window, at: int, place: NDArray[np.void] | None = None) -> tuple[Frame, int]:
         """The frame that holds a member of a window, and the slot where it is; `place` LOCATION (1,), if that is known.
@@ -158,8 +159,7 @@ class RegionPlan:
         """
         wanted = window.ids[at : at + 1]
         if place is None:
-            self.locate(window)  # others wait for pages of it soon; a few of its pages would be half as dear
-            place = window.locations[at : at + 1]
+            place = window.locations[at : at + 1] if window.located else self.places(wanted)
         for _ in range(LOOKS):
             try:
                 if not place["pack"][0]:
@@ -192,14 +192,13 @@ class RegionPlan:
 
     def places(self, ids: NDArray[np.uint8]) -> NDArray[np.void]:
         """Where ids (n, 32) are: LOCATION (n,), pack 0 for what is nowhere. Raises StorageError, IntegrityError."""
-        places = self._stored.locate(ids)
-        self._expect(places)
-        return places
+        return self._locator.locate(ids)
 
-    def read_ahead(self) -> None:
-        """From now on, and for what came up before."""
-        self.reads_ahead = True
-        self._read(self._put_off)
+    def expect(self, places: NDArray[np.void]) -> None:
+        """Have the kernel read the frames at these places (n,): they are going to be opened."""
+        for pack, frame in dict.fromkeys(zip(places["pack"].tolist(), places["frame"].tolist(), strict=True)):
+            with suppress(IntegrityError):
+                self._frames.expect(pack, frame, frame + 1)
 
     def read_nodes_ahead(self) -> None:
         """Have the kernel read the packs in which the page map is, as far as its top tells. Raises IntegrityError,
@@ -207,22 +206,17 @@ class RegionPlan:
         root = self.region.root
         if root.height > 2:
             [top] = self._nodes.fetch(root.height, np.frombuffer(root.id, np.uint8).reshape(1, -1))
-            self._read(set(self._stored.locate(top[top.any(axis=1)])["pack"].tolist()))
+            for pack in set(self._stored.locate(top[top.any(axis=1)])["pack"].tolist()) - {0}:
+                self._frames.expect(pack)
 
-    def _expect(self, locations: NDArray[np.void]) -> None:
-        """Have the kernel read packs that come up first: on a cold disk a frame takes nearly twice as long."""
-        packs = set(distinct(locations["pack"]).tolist())
-        if self.reads_ahead:
-            self._read(packs)
-        else:
-            self._put_off |= packs
-
-    def _read(self, packs: set[int]) -> None:
-        for pack in sorted(packs - self._expected):
-            if len(self._expected) <= _EXPECTED_PACKS:
-                self._expected.add(pack)
-                with suppress(IntegrityError):
-                    self._frames.expect(pack)
+    def read_ahead(self, frame: Frame) -> None:
+        """Have the kernel read what stands around a frame in its pack, once: neighbours of a page that somebody waited
+        for are likely to be next, and a frame that is read from the disk takes twice as long."""
+        some = frame.pack, frame.number // _AHEAD
+        if some not in self._expected:
+            self._expected.add(some)
+            with suppress(IntegrityError):  # it is gone meanwhile
+                self._frames.expect(frame.pack, some[1] * _AHEAD, (some[1] + 1) * _AHEAD)
 
     def occupied(self, batch: int) -> Iterator[tuple[int, int]]:
         """Ranges of windows, at most `batch` in each, that cover all pages that are not zero; what is empty on high
@@ -256,7 +250,7 @@ class RegionPlan:
         raise failure
 
 
-NOTHING = Window(np.empty(0, np.int64), np.empty((0, pagemap.ID_BYTES), np.uint8), located=True)
+NOTHING = Window(np.empty(0, np.int64), np.empty((0, pagemap.ID_BYTES), np.uint8))
 """A window in which nothing is left to place."""
 
 
@@ -267,23 +261,26 @@ class MovedError(Exception):
 class _KeptNodes:
     """Nodes above the lowest level, kept: each window asks for the same ones."""
 
-    def __init__(self, nodes: StoredNodes) -> None:
-        self._nodes = nodes
+    def __init__(self, nodes: StoredNodes, locator: Locator) -> None:
+        self._nodes, self._locator = nodes, locator
         self._kept: dict[bytes, NDArray[np.uint8]] = {}
 
     def fetch(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """As of store.pagemap.NodeSource."""
         if level == 1:
-            return self._nodes.fetch(level, ids)
+            return self._read(level, ids)
         names = [bytes(each) for each in ids]
         missing = [at for at, name in enumerate(names) if name not in self._kept]
         if missing:
             if len(self._kept) + len(missing) > _KEPT_NODES:
                 self._kept.clear()
                 missing = list(range(len(names)))
-            for at, node in zip(missing, self._nodes.fetch(level, ids[missing]), strict=True):
+            for at, node in zip(missing, self._read(level, ids[missing]), strict=True):
                 self._kept[names[at]] = node
         return np.stack([self._kept[name] for name in names])
+
+    def _read(self, level: int, ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return self._nodes.fetch(level, ids, self._locator.locate(ids))
 
 
 def nearest_first(numbers: NDArray[np.int64], page: int) -> Iterator[slice]:
@@ -299,11 +296,6 @@ def _frames(locations: NDArray[np.void]) -> NDArray[np.uint64]:
     """One number for each frame."""
     found: NDArray[np.uint64] = (locations["pack"].astype(np.uint64) << np.uint64(32)) | locations["frame"]
     return found
-
-
-def _prefixes(ids: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The first eight bytes of ids (n, 32)."""
-    return np.ascontiguousarray(ids[:, :8]).view(np.uint64).reshape(-1)
 
 
 def _occupied(root: pagemap.Root, nodes: _KeptNodes, count: int, batch: int) -> Iterator[tuple[int, int]]:
