@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 _LINE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ..(.)([sp]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)", re.MULTILINE)
 
@@ -49,6 +50,14 @@ def shared_mappings(pid: int, file: int) -> list[Mapping]:
     status = os.fstat(file)
     with open(f"/proc/{pid}/maps", "rb") as maps:
         return parse(maps.read(), status.st_dev, status.st_ino)
+
+
+def own_files(pid: int) -> list[Path]:
+    """The files that a process maps privately, as its program and its libraries, each once. Raises OSError."""
+    lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
+    fields = [line.split(maxsplit=5) for line in lines]
+    paths = dict.fromkeys(each[5] for each in fields if len(each) == 6 and each[1].endswith(b"p"))
+    return [Path(os.fsdecode(each)) for each in paths if each.startswith(b"/") and not each.endswith(b" (deleted)")]
 
 
 @dataclass(frozen=True, slots=True)

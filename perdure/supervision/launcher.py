@@ -26,7 +26,7 @@ from restore.lazy import LazyRestore
 from restore.scrub import verify_scrubbed
 from store.records import Generation
 from store.repository import Repository
-from vm import disks, hold, migration, plugged
+from vm import disks, hold, migration, plugged, readahead
 from vm.addresses import AddressMap
 from vm.command_line import Platform, command_line
 from vm.config import RAM
@@ -120,6 +120,7 @@ class Launcher:
                 await monitor.cont()
             with suppress(StorageError):  # the next launch tries again
                 await elsewhere(self.disks.remove_left)
+            await elsewhere(lambda: readahead.note(qemu.pid, prepared.platform.binary, self.local.qemu_files))
             return machine
         except BaseException as error:
             if monitor is not None:

@@ -55,6 +55,11 @@ class Local:
         return self.description.name
 
     @property
+    def qemu_files(self) -> Path:
+        """Which files the QEMU of this VM has loaded (vm.readahead)."""
+        return self.state / "qemu.files"
+
+    @property
     def working_sets(self) -> Path:
         """What earlier resumes touched, of its generations and of those that it is a copy of."""
         return places.working_sets()

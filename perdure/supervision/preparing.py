@@ -91,9 +91,10 @@ class Preparation:
         then.
         """
         resumed = generation if generation is not None and generation.full and not boot else None
-        readahead.expect((self._description.kernel, self._description.initrd))
         if resumed is not None:  # each page of its memory is looked up there
             readahead.expect((repository.environment.path,), bytes_max=_INDEX_BYTES)
+        loaded = readahead.noted_files(self.local.qemu_files)
+        readahead.expect((*loaded, self._description.kernel, self._description.initrd))
         self.local.folder.create()
         platform, reason, problems = self.fitting(generation, boot=boot)
         memory = Memory.prepare(
