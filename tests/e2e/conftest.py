@@ -92,7 +92,7 @@ class Place:
         kernel: dict[str, Any] = {}
         if script is not None:
             kernel = {
-                "kernel": self.image.packed if "firmware" in settings else self.image.kernel,
+                "kernel": self.image.kernel if settings.get("firmware", "seabios") == "seabios" else self.image.packed,
                 "initrd": self.initramfs(script),
                 "append": self.image.append,
             }
