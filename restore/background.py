@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -208,12 +207,15 @@ class Background:
                 yield None
                 for window, at, place in found:
                     number = window.numbers[at]
-                    if not there[number] and not served.claims[number]:
-                        with suppress(*UNREADABLE):  # which is met again
-                            frame, _ = served.plan.open(window, at, place)
-                            members, slots = window.held_by(frame)
-                            there[window.numbers[members]] = True
-                            yield served, window.numbers[members], frame.take(slots)
+                    if there[number] or served.claims[number]:
+                        continue
+                    try:
+                        frame, _ = served.plan.open(window, at, place)
+                    except UNREADABLE:  # which is met again
+                        continue
+                    members, slots = window.held_by(frame)
+                    there[window.numbers[members]] = True
+                    yield served, window.numbers[members], frame.take(slots)
 
     def _found(self, served: Served, pages: NDArray[np.int64]) -> list[tuple[Window, int, NDArray[np.void]]]:
         """What is around known pages, their members there, and where these are."""
@@ -246,10 +248,13 @@ class Background:
     def put(self, served: Served, numbers: NDArray[np.int64], chunks: NDArray[np.uint8]) -> None:
         """Pages and their content (n, PAGE), those that are there left out. Raises ConflictError."""
         assert self._placer is not None
-        put = self._placer.several(served, numbers, chunks)
-        self.count(served, numbers, put)
+        if len(numbers) and numbers[0] // WINDOW != numbers[-1] // WINDOW:  # what is around a leaf may be of two
+            cut = int(np.searchsorted(numbers, numbers[-1] // WINDOW * WINDOW))
+            self.put(served, numbers[:cut], chunks[:cut])
+            numbers, chunks = numbers[cut:], chunks[cut:]
+        self.count(served, numbers, self._placer.several(served, numbers, chunks))
 
     def count(self, served: Served, numbers: NDArray[np.int64], put: int) -> None:
-        """So many pages of one window were put, which counts when that is planned, for what is planned later."""
-        if len(numbers) and int(numbers[0]) // WINDOW in served.plan.windows:
+        """So many pages of one window were put; in one that is planned later they count then."""
+        if put and int(numbers[0]) // WINDOW in served.plan.windows:
             add(self._claims, record.PLACED, put)

@@ -386,7 +386,7 @@ def next_time(lazily, generation):
 
 def test_what_was_touched_is_fetched_ahead_the_next_time(lazily):
     lazily.serve()
-    touched = [5, 1500, 2100, PAGES + 10]  # the last one is zeros
+    touched = [5, 1024, 1500, 2100, PAGES + 10]  # the second one begins a window, the last one is zeros
     for page in touched:
         lazily.guest.touch(page)
     lazily.filled()
@@ -398,6 +398,11 @@ def test_what_was_touched_is_fetched_ahead_the_next_time(lazily):
         for page in touched:
             assert guest.touch(page) == lazily.page(page)
         assert again.status()["faults"] == 0
+        again.claims.set(record.PACE, record.AT_ONCE)
+        lazily.until(lambda: again.phase == record.DONE, "it never ends")
+        told = again.status()
+        assert (told["resident_bytes"], told["percent"]) == (told["planned_bytes"], 100)
+        assert again.claims.word(record.PLACED) == again.claims.word(record.PLANNED)
 
 
 def test_what_was_touched_is_fetched_ahead_from_the_next_generation_too(lazily):
