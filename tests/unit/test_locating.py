@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from store_fixtures import add, image, place
 
+from restore.plan import MovedError, RegionPlan
 from store import pagemap
 from store.chunker import PackingSettings
 from store.index import held
@@ -136,3 +137,41 @@ def test_lowest_nodes_here_and_there_have_what_a_walk_finds():
             }
             for leaf, slot in itertools.product(range(len(wanted)), range(32)):
                 assert bytes(found[leaf, slot]) == walked.get(int(wanted[leaf]) * 32 + slot, bytes(32))
+
+
+def test_what_memory_says_is_no_more_than_a_hint():
+    """Whatever it says, what is opened is what the page map has."""
+    with place() as where, where.open() as repository:
+        content = image(5, 1301)[: 1300 * PAGE]
+        generation = add(repository, "vm", {"ram": content})
+        locator = Locator(repository.nodes, repository.frames)
+        locator.hold()
+        known = locator._held._words
+        known[:] = np.random.default_rng(1).permutation(known)
+        known[::7, 0], known[1::7, 1], known[2::7, 2] = 4_000_000, 4_000_000, 65_535  # no such pack, frame, slot
+        plan = RegionPlan(repository.nodes, locator, repository.frames, generation.regions["ram"])
+        plan.plan(0, plan.count)
+        for window in plan.windows.values():
+            for at, page in enumerate(window.numbers.tolist()):
+                frame, slot = plan.open(window, at)
+                assert frame.chunks[slot].tobytes() == content[page * PAGE : (page + 1) * PAGE]
+        [around] = plan.around(np.array([640]))
+        assert set(around.numbers.tolist()) == {
+            n for n in range(19 * 32, 22 * 32) if any(content[n * PAGE : (n + 1) * PAGE])
+        }
+        locator.hold()
+        known = locator._held._words
+        known[:] = known[::-1]
+        plan = RegionPlan(repository.nodes, locator, repository.frames, generation.regions["ram"])
+        plan.plan(0, 1)
+        window = plan.windows[0]
+        left = np.arange(len(window.numbers))
+        while len(left):
+            members = left[window.frames[left] == window.frames[left[0]]]
+            try:
+                found = plan.chunks(window, members)
+            except MovedError:
+                continue
+            for page, chunk in zip(window.numbers[members].tolist(), found, strict=True):
+                assert chunk.tobytes() == content[page * PAGE : (page + 1) * PAGE]
+            left = np.setdiff1d(left, members)
