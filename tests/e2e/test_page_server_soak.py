@@ -117,6 +117,7 @@ def finished(vm: Supervised) -> bool:
     return not list(vm.runtime.glob(f"memory*/{record.FACTS}")) or words(vm, record.PHASE) == record.DONE
 
 
+@pytest.mark.timeout(300 + 4 * KILLS)  # every third one hangs, which takes the supervisor two seconds to be sure of
 def test_page_servers_that_are_killed_again_and_again_give_no_wrong_byte(vm: Supervised) -> None:
     boot(vm)
     vm.guest.run(ORDINARY + CHECKED, SECONDS)
