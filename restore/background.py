@@ -50,13 +50,12 @@ class Background:
         unread: Callable[[Served, int, str], None],
     ) -> None:
         self._regions, self._claims, self._unread = regions, claims, unread
-        self._locator: Locator | None = locator
         self._fetching: Iterator[_Fetched | None] | None = self._known(working_set)
         self._kept: deque[_Fetched] = deque()
         self._zeros: deque[tuple[Served, int, Window]] = deque()
         self._kept_bytes = 0
         self._placer: Placer | None = None
-        self._nodes_ahead = deque(regions)
+        self._first = deque([*(served.plan.read_nodes_ahead for served in regions), locator.hold])
         self.begin()
 
     def begin(self) -> None:
@@ -75,12 +74,8 @@ class Background:
     def get_ready(self) -> bool:
         """One step that needs no QEMU; False if there is none. What cannot be read now is met again."""
         try:
-            if self._nodes_ahead:
-                self._nodes_ahead.popleft().plan.read_nodes_ahead()
-                return True
-            if self._locator is not None:
-                locator, self._locator = self._locator, None
-                locator.hold()
+            if self._first:
+                self._first.popleft()()
                 return True
             if self._fetching is not None and self._kept_bytes < _KEPT_BYTES:
                 try:

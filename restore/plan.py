@@ -23,7 +23,7 @@ from base.errors import ConflictError, IntegrityError
 from base.units import PAGE
 from store import pagemap
 from store.index.chunks import LOCATION
-from store.index.held import prefixes
+from store.index.runs import prefixes
 from store.locating import Locator
 from store.nodes import LOOKS, StoredNodes
 from store.packs import FrameReader
@@ -153,13 +153,14 @@ class RegionPlan:
         return found
 
     def open(self, window: Window, at: int, place: NDArray[np.void] | None = None) -> tuple[Frame, int]:
-        """The frame that holds a member of a window, and the slot where it is; `place` LOCATION (1,), if that is known.
+        """The frame that holds a member of a window, and the slot where it is; `place` LOCATION (1,), for one
+        that is not located.
 
         What was moved meanwhile is looked up again. Raises IntegrityError, StorageError.
         """
         wanted = window.ids[at : at + 1]
         if place is None:
-            place = window.locations[at : at + 1] if window.located else self.places(wanted)
+            place = window.locations[at : at + 1]
         for _ in range(LOOKS):
             try:
                 if not place["pack"][0]:
@@ -197,8 +198,7 @@ class RegionPlan:
     def expect(self, places: NDArray[np.void]) -> None:
         """Have the kernel read the frames at these places (n,): they are going to be opened."""
         for pack, frame in dict.fromkeys(zip(places["pack"].tolist(), places["frame"].tolist(), strict=True)):
-            with suppress(IntegrityError):
-                self._frames.expect(pack, frame, frame + 1)
+            self._expect(pack, frame, frame + 1)
 
     def read_nodes_ahead(self) -> None:
         """Have the kernel read the packs in which the page map is, as far as its top tells. Raises IntegrityError,
@@ -207,7 +207,7 @@ class RegionPlan:
         if root.height > 2:
             [top] = self._nodes.fetch(root.height, np.frombuffer(root.id, np.uint8).reshape(1, -1))
             for pack in set(self._stored.locate(top[top.any(axis=1)])["pack"].tolist()) - {0}:
-                self._frames.expect(pack)
+                self._expect(pack)
 
     def read_ahead(self, frame: Frame) -> None:
         """Have the kernel read what stands around a frame in its pack, once: neighbours of a page that somebody waited
@@ -215,8 +215,11 @@ class RegionPlan:
         some = frame.pack, frame.number // _AHEAD
         if some not in self._expected:
             self._expected.add(some)
-            with suppress(IntegrityError):  # it is gone meanwhile
-                self._frames.expect(frame.pack, some[1] * _AHEAD, (some[1] + 1) * _AHEAD)
+            self._expect(frame.pack, some[1] * _AHEAD, (some[1] + 1) * _AHEAD)
+
+    def _expect(self, pack: int, first: int = 0, last: int | None = None) -> None:
+        with suppress(IntegrityError):  # it is gone meanwhile
+            self._frames.expect(pack, first, last)
 
     def occupied(self, batch: int) -> Iterator[tuple[int, int]]:
         """Ranges of windows, at most `batch` in each, that cover all pages that are not zero; what is empty on high

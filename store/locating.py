@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from base.arrays import distinct
 from base.errors import IntegrityError, StorageError
 from base.extents import normalise
-from store.index.held import HeldIndex, prefixes
-from store.index.runs import LOCATION, location_words
+from store.index.held import HeldIndex
+from store.index.runs import LOCATION, location_words, prefixes
 from store.nodes import StoredNodes
 from store.packs import FrameReader
 

@@ -38,7 +38,7 @@ def expect(paths: Iterable[Path | None], bytes_max: int = 0) -> None:
 def note(pid: int, program: Path, noted: Path) -> None:
     """Keep in `noted` what a process that runs `program` has loaded, unless that is known. Nothing fails here."""
     with contextlib.suppress(OSError, StorageError):
-        if not noted.exists() or noted.stat().st_mtime_ns < program.stat().st_mtime_ns:
+        if not noted.exists() or noted.stat().st_mtime_ns < program.stat().st_ctime_ns:  # a package keeps its own mtime
             large = [path for path in own_files(pid) if path.stat().st_size >= _WORTH_BYTES]
             replace_file(Disk(), noted, b"\n".join(map(os.fsencode, large)), lasting=False)
 

@@ -27,7 +27,7 @@ class HeldIndex:
     """Where chunks are, in memory."""
 
     def __init__(self, prefix: Prefixes, words: NDArray[np.uint32]) -> None:
-        """In any order, at least one: `prefix` as of `prefixes`, `words` as of store.index.runs.location_words."""
+        """In any order, at least one: `prefix` and `words` as of store.index.runs.prefixes and location_words."""
         order = np.argsort(prefix, kind="stable")  # of few sorted stretches: numpy merges them
         self._prefix, self._words = prefix.take(order), words.take(order, axis=0)
 
@@ -49,7 +49,7 @@ class HeldIndex:
 
     def locate(self, ids: NDArray[np.uint8]) -> Locations:
         """Locations LOCATION (n,) of ids uint8 (n, 32), pack 0 where none is known."""
-        wanted = prefixes(ids)
+        wanted = runs.prefixes(ids)
         order = np.argsort(wanted)  # one search begins where the last one has ended then: six times as fast
         wanted = wanted.take(order)
         at = self._prefix.searchsorted(wanted)
@@ -58,8 +58,3 @@ class HeldIndex:
         back = np.empty(len(order), np.intp)
         back[order] = np.arange(len(order))
         return words.take(back, axis=0).view(LOCATION).reshape(-1)
-
-
-def prefixes(ids: NDArray[np.uint8]) -> Prefixes:
-    """The first eight bytes of ids (n, 32), each as a number."""
-    return np.ascontiguousarray(ids[:, :8]).view(">u8").reshape(-1).astype(np.uint64)

@@ -66,7 +66,12 @@ EMPTY = Columns(np.empty(0, np.uint64), np.empty((0, 24), np.uint8), np.empty(0,
 def split_ids(ids: NDArray[np.uint8]) -> tuple[Prefixes, NDArray[np.uint8]]:
     """Prefix and rest columns of ids, uint8 (n, 32) C-contiguous; both are copies."""
     assert ids.dtype == np.uint8 and ids.ndim == 2 and ids.shape[1] == ID_BYTES
-    return ids[:, :8].copy().view(">u8").ravel().astype(np.uint64), ids[:, 8:].copy()
+    return prefixes(ids), ids[:, 8:].copy()
+
+
+def prefixes(ids: NDArray[np.uint8]) -> Prefixes:
+    """The first eight bytes of ids (n, 32), each as a number."""
+    return np.ascontiguousarray(ids[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
 
 
 def join_ids(columns: Columns) -> NDArray[np.uint8]:

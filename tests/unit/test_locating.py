@@ -35,6 +35,13 @@ def stored():
         yield where, repository, ids_of(repository, generation)
 
 
+def locator_of(repository, holds):
+    found = Locator(repository.nodes, repository.frames)
+    if holds:
+        found.hold()
+    return found
+
+
 def places(repository, ids, found):
     """Whether each frame that was found has the id wanted, at that place."""
     for name, place_ in zip(ids, found.tolist(), strict=True):
@@ -48,9 +55,7 @@ def places(repository, ids, found):
 @pytest.mark.parametrize("holds", [True, False])
 def test_what_is_stored_is_found_where_it_is_in_any_number_and_order(stored, holds):
     _, repository, ids = stored
-    locator = Locator(repository.nodes, repository.frames)
-    if holds:
-        locator.hold()
+    locator = locator_of(repository, holds)
     shuffled = np.random.default_rng(1).permutation(len(ids))
     for wanted in (ids, ids[:1], ids[:64], ids[500:565], ids[::3], ids[shuffled], ids[:0]):
         assert places(repository, wanted, locator.locate(wanted))
@@ -60,9 +65,7 @@ def test_what_is_stored_is_found_where_it_is_in_any_number_and_order(stored, hol
 @pytest.mark.parametrize("holds", [True, False])
 def test_what_is_not_stored_is_not_found_and_what_is_stored_later_is(stored, holds):
     _, repository, ids = stored
-    locator = Locator(repository.nodes, repository.frames)
-    if holds:
-        locator.hold()
+    locator = locator_of(repository, holds)
     strangers = np.random.default_rng(1).integers(0, 256, (200, 32), np.uint8)
     assert not locator.locate(strangers)["pack"].any()
     mixed = np.concatenate([ids[:300], strangers, ids[300:600]])
