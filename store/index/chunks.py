@@ -16,7 +16,7 @@ Invariants:
   until there is nothing left, there are at most FANIN - 1 = 3 runs of a size class: with n entries in all,
   3 * (1 + log4(n / 1024)) rounded up, or 27 at 20 M and 30 at 100 M; usually half of that. While a merge is under way
   its inputs count beside them. Nothing breaks above that; look-ups only get dearer.
-- What is read is checked: every value's MAC when this process first uses it. IndexLostError names the file; the
+- What is read is checked: every value's MAC when this process first uses it (store.index.held does without: hints). IndexLostError names the file; the
   caller discards the environment and fills a new one by replay.
 
 An `Index` may be shared between threads. Arrays that it gives out are copies; views of LMDB's map never leave
