@@ -16,8 +16,8 @@ Invariants:
   until there is nothing left, there are at most FANIN - 1 = 3 runs of a size class: with n entries in all,
   3 * (1 + log4(n / 1024)) rounded up, or 27 at 20 M and 30 at 100 M; usually half of that. While a merge is under way
   its inputs count beside them. Nothing breaks above that; look-ups only get dearer.
-- What is read is checked: every value's MAC when this process first uses it (store.index.held does without: hints). IndexLostError names the file; the
-  caller discards the environment and fills a new one by replay.
+- What is read is checked: every value's MAC when this process first uses it (store.index.held does without: hints).
+  IndexLostError names the file; the caller discards the environment and fills a new one by replay.
 
 An `Index` may be shared between threads. Arrays that it gives out are copies; views of LMDB's map never leave
 a method. Memory is bounded, whatever the size: look-ups are cut into batches, merging holds a few parts (47 MiB at
