@@ -361,8 +361,9 @@ def test_what_an_ended_vm_had_not_touched_is_filled_in_before_it_is_captured(laz
 
 
 @contextlib.contextmanager
-def next_time(lazily, generation):
-    """The restore of a generation after one that is at its end: when what is known has been fetched, and no more."""
+def next_time(lazily, generation, *, plans=True):
+    """The restore of a generation after one that is at its end: when what is known has been fetched, and no more; or
+    with a server that takes over, and has not even planned."""
     lazily.lazy.finish()
     for file in lazily.files.values():
         size = file.stat().st_size
@@ -375,9 +376,13 @@ def next_time(lazily, generation):
     try:
         again.claims.set(record.PACE, record.FAULTS_ONLY)
         again.serve(guest.identity)
-        again.claims.set(record.PACE, record.FOR_A_SHARE)
-        lazily.until(lambda: again.claims.word(record.FETCHED), "it never fetches")
-        again.claims.set(record.PACE, record.FAULTS_ONLY)
+        if plans:
+            again.claims.set(record.PACE, record.FOR_A_SHARE)
+            lazily.until(lambda: again.claims.word(record.FETCHED), "it never fetches")
+            again.claims.set(record.PACE, record.FAULTS_ONLY)
+        else:
+            again.kill()
+            again.serve(guest.identity)
         yield again, guest
     finally:
         guest.close()
@@ -402,6 +407,17 @@ def test_what_was_touched_is_fetched_ahead_the_next_time(lazily):
         lazily.until(lambda: again.phase == record.DONE, "it never ends")
         told = again.status()
         assert (told["resident_bytes"], told["percent"]) == (told["planned_bytes"], 100)
+        assert again.claims.word(record.PLACED) == again.claims.word(record.PLANNED)
+
+
+def test_pages_around_a_known_one_that_are_of_two_windows_count_once(lazily):
+    lazily.serve()
+    lazily.guest.touch(1024)  # the first one of a window
+    lazily.filled()
+    with next_time(lazily, lazily.generation, plans=False) as (again, guest):
+        guest.touch(3)  # which plans the window before, and only that
+        again.claims.set(record.PACE, record.AT_ONCE)
+        lazily.until(lambda: again.phase == record.DONE, "it never ends")
         assert again.claims.word(record.PLACED) == again.claims.word(record.PLANNED)
 
 
