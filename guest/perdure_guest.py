@@ -1084,7 +1084,8 @@ def reseed(seed: bytes, now: float) -> None:
         fcntl.ioctl(device, _RNDRESEEDCRNG)
     late = now - time.time()
     time.clock_settime(time.CLOCK_REALTIME, now)
-    say(f"resumed: the kernel's random numbers are new, and the clock is set on by {late:.3f} s")
+    way = "on" if late >= 0 else "back"
+    say(f"resumed: the kernel's random numbers are new, and the clock is set {way} by {abs(late):.3f} s")
 
 
 def find_port(name: str = PORT_NAME, sys_path: str = "/sys", dev_path: str = "/dev") -> str:

@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -33,6 +34,7 @@ _NEGOTIATE = b'{"execute": "qmp_capabilities"}\n'
 _GO_ON = b'{"execute":"cont"}\n'
 _LAST_LINES = 3
 _ASK_SECONDS = 20
+_LOOK_SECONDS = 0.001
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -130,6 +132,32 @@ class Qemu:
         if self._child is not None:
             self._child.wait()
         return True
+
+    def let_go(self, timeout_s: float) -> bool:
+        """Wait for a QEMU that ends to have closed every socket, or to have ended; False if it has not. Only then do
+        the paths of its sockets belong to whoever comes next: QEMU closes its sessions first, and then removes, by
+        name, what it listened on.
+
+        Source: QEMU, io/channel-socket.c (qio_channel_socket_finalize), proc_pid_fd(5).
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._has_sockets():
+            if time.monotonic() > deadline:
+                return False
+            if ended(self._pidfd, _LOOK_SECONDS):
+                break
+        return True
+
+    def _has_sockets(self) -> bool:
+        try:
+            opened = os.listdir(f"/proc/{self.pid}/fd")
+        except OSError:  # it has ended, or is not ours to look at: then its end is waited for
+            return not ended(self._pidfd, 0)
+        for each in opened:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.readlink(f"/proc/{self.pid}/fd/{each}").startswith("socket:"):
+                    return True
+        return False
 
     def kill(self, timeout_s: float = 30) -> None:
         """SIGKILL, and wait. Raises VirtualMachineError if the kernel cannot end it."""

@@ -341,6 +341,9 @@ class Machine:
         with suppress(PerdureError, TimeoutError):
             await self.monitor.execute("quit", timeout_s=_QUIT_SECONDS)
             await asyncio.wait_for(self.monitor.wait_lost(), _QUIT_SECONDS)
+        if not await asyncio.to_thread(self.qemu.let_go, _QUIT_SECONDS):
+            with suppress(PerdureError):  # as above
+                await asyncio.to_thread(self.qemu.kill)
         self._aside = aside
         if aside:
             priority.give_way(self.pid)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import struct
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,13 +81,29 @@ def all_there(vm: Supervised) -> None:
     assert not list(vm.runtime.glob("memory*/lazy.*"))
 
 
+@contextlib.contextmanager
+def slow_to_let_go(vm: Supervised) -> Iterator[None]:
+    """Its QEMU takes a second for each file that it removes, and so for each socket that it listened on."""
+    delay = ("--trace=unlink", "--inject=unlink:delay_enter=1s")
+    words = ["strace", "-f", "-p", str(vm.status()["pid"]), *delay]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        assert "attached" in strace.stderr.readline()
+        yield
+        strace.stderr.read()  # until that QEMU has ended
+    assert strace.returncode == 0
+
+
 def test_a_vm_goes_on_at_once_and_its_page_server_may_be_killed_at_any_time(vm: Supervised) -> None:
     area = write(vm, "kept", 5)
     made = judged(vm)
     point, then, booted = f"{NAME}@{made['generation']}", walked(vm), vm.guest.boot_id
     vm.guest.run(f"memory[:] = content(6, {area.size})")
     goes_on(vm)
-    resume(vm, point)
+    with slow_to_let_go(vm):
+        resume(vm, point)
+    assert (vm.runtime / "qmp.sock").exists()  # and not removed by the one before
+    assert (vm.runtime / "agent.sock").exists()
     pace(vm, record.FAULTS_ONLY)  # else all may be there before a busy machine has started a command
     told = vm.status()["lazy"]
     assert told["faults"] > 0
