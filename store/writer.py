@@ -117,10 +117,16 @@ class GenerationWriter:
             root = self._resized(before.root, length)
         else:
             root = pagemap.Root(length, chunk_size, 0, layout.ZERO_ID)
-        draft = RegionDraft(name, kind, root, length if kept_bytes is None else kept_bytes, anew)
-        draft.changed = ranges.EMPTY if self._counts else None
-        self._drafts[name] = draft
-        return draft
+        return self._begin(RegionDraft(name, kind, root, length if kept_bytes is None else kept_bytes, anew))
+
+    def same(self, name: str, *, kept_bytes: int | None = None) -> RegionDraft:
+        """Begin a region that equals that of its base, which has it: with its page map in any case, since nobody offers
+        its content. What the base has lost, it has lost too. `kept_bytes` defaults to the base's."""
+        base = self._bases.get(name, self._parent)
+        assert base is not None
+        region = base.regions[name]
+        kept = region.kept_bytes if kept_bytes is None else kept_bytes
+        return self._begin(RegionDraft(name, region.kind, region.root, kept))
 
     def drop(self, name: str) -> None:
         """Leave out a region that was begun; what of it is in packs already may serve a later generation."""
@@ -258,6 +264,11 @@ class GenerationWriter:
                 self._repository.refresh()  # it may be another host's, which that attempt did not keep
             else:
                 return generation, admission
+
+    def _begin(self, draft: RegionDraft) -> RegionDraft:
+        draft.changed = ranges.EMPTY if self._counts else None
+        self._drafts[draft.name] = draft
+        return draft
 
     def _resized(self, root: pagemap.Root, length: int) -> pagemap.Root:
         none = np.empty(0, np.uint64), np.empty((0, layout.ID_BYTES), np.uint8)

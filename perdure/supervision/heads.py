@@ -1,6 +1,8 @@
 """What history goes on from when a VM goes back: the latest generation is always the one that the VM descends from.
 
-Blocking calls of the repository's thread.
+A head equals its source by definition, also while the host knows of damage: nobody offers its content again, as a
+capture does. It is as hurt as its source, which nobody has marked yet then; of one that is marked and not whole none is
+made. Blocking calls of the repository's thread.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from typing import Any
 from base import extents as ranges
 from base.extents import Extents
 from restore.scrub import scrub
+from store.reader import GenerationReader
 from store.records import Generation
 from store.repository import Repository
+from store.writer import GenerationWriter, RegionDraft
 from vm.config import DISK_PREFIX
 from vm.memory import Memory
 
@@ -22,19 +26,13 @@ from vm.memory import Memory
 def again(repository: Repository, vm: str, generation: Generation, more: Mapping[str, Any] | None = None) -> Generation:
     """A generation that equals an older one and follows it: history goes on from there. `more` metadata than it has.
 
-    Of another VM it is the first one, of a clone. Raises StorageError.
+    Of another VM it is the first one, of a clone. Raises IntegrityError, StorageError.
     """
     with repository.writer(vm, generation) as writer:
         for region in generation.regions.values():
             if region.kind == "disk" and not generation.full:
                 continue
-            writer.region(
-                region.name,
-                region.kind,
-                region.root.length,
-                chunk_size=region.root.chunk_size,
-                kept_bytes=region.kept_bytes,
-            )
+            _same(repository, writer, generation, region.name)
         cause = "rollback" if vm == generation.vm else "clone"
         return writer.commit(cause, metadata={**generation.metadata, **(more or {})})
 
@@ -51,31 +49,40 @@ class Mixed:
 
 
 def of_several(repository: Repository, mixed: Mixed, more: Mapping[str, Any] | None = None) -> Generation:
-    """A generation that holds such a mix, and follows the one that its memory is of. Raises StorageError."""
+    """A generation that holds such a mix, and follows the one that its memory is of. Raises IntegrityError,
+    StorageError."""
     memory = mixed.memory
     sources = {f"{DISK_PREFIX}{name}": generation for name, generation in mixed.disks.items()}
     sources |= {name: memory for name, region in memory.regions.items() if region.kind != "disk"}
     facts = {name: each.metadata.get("disks", {}).get(name) for name, each in mixed.disks.items()}
     with repository.writer(memory.vm, memory, sources) as writer:
         for name, source in sources.items():
-            region = source.regions[name]
-            length, size = region.root.length, region.root.chunk_size
-            writer.region(name, region.kind, length, chunk_size=size, kept_bytes=region.kept_bytes)
+            _same(repository, writer, source, name)
         known = {name: each for name, each in facts.items() if each is not None}
         return writer.commit("rollback", metadata={**memory.metadata, "disks": known, **(more or {})})
 
 
 def kept_of(repository: Repository, vm: str, generation: Generation, cause: str) -> Generation:
-    """A generation that follows a full one and has what of it survives a boot. Raises StorageError."""
+    """A generation that follows a full one and has what of it survives a boot. Raises IntegrityError, StorageError."""
     with repository.writer(vm, generation) as writer:
         for region in generation.regions.values():
             kept = _kept(generation, region.name)
             if kept is not None:
-                length = region.root.length
-                draft = writer.region(region.name, region.kind, length, kept_bytes=ranges.total(kept))
-                writer.clear(draft, ranges.subtract(ranges.normalise([(0, length)]), kept))
+                draft = _same(repository, writer, generation, region.name, kept_bytes=ranges.total(kept))
+                writer.clear(draft, ranges.subtract(ranges.normalise([(0, region.root.length)]), kept))
         metadata = {name: value for name, value in generation.metadata.items() if name != "devices"}
         return writer.commit(cause, metadata=metadata)
+
+
+def _same(
+    repository: Repository, writer: GenerationWriter, source: Generation, name: str, *, kept_bytes: int | None = None
+) -> RegionDraft:
+    """Begin a region as its source has it, which must not be known to have lost something of it."""
+    source = repository.resolve(source.id)  # marked, perhaps, since somebody looked it up
+    if name in source.hurt:
+        with GenerationReader(repository, source) as reader:
+            reader.require_whole(source.regions[name])
+    return writer.same(name, kept_bytes=kept_bytes)
 
 
 def _kept(generation: Generation, region: str) -> Extents | None:
