@@ -46,7 +46,7 @@ def fill(repository: Repository, memory: Path, regions: Collection[str], progres
             stack.callback(os.close, backing[name])
         claims.take_over(backing)
         locator = Locator(repository.nodes, repository.frames)
-        for name, _, size in claims.facts.regions:
+        for at, (name, _, size) in enumerate(claims.facts.regions):
             if name in regions:
                 plan = RegionPlan(repository.nodes, locator, repository.frames, reader.region(name))
                 for first, last in plan.occupied(_BATCH):
@@ -54,13 +54,14 @@ def fill(repository: Repository, memory: Path, regions: Collection[str], progres
                         high = min(low + _BATCH, last)
                         plan.plan(low, high)
                         for number in range(low, high):
-                            _fill_window(claims, name, plan, plan.windows[number], backing[name])
+                            _fill_window(claims, at, plan, plan.windows[number], backing[name])
                             plan.finish(number)
                         progress(f"completing {name}", min(high * 1024 * PAGE, size), size)
         claims.remove()
 
 
-def _fill_window(claims: Claims, name: str, plan: RegionPlan, window: Window, descriptor: int) -> None:
+def _fill_window(claims: Claims, at: int, plan: RegionPlan, window: Window, descriptor: int) -> None:
+    name = claims.facts.regions[at][0]
     while len(left := np.flatnonzero(claims.pages[name][window.numbers] == 0)):
         members = left[window.frames[left] == window.frames[left[0]]]
         try:
@@ -68,8 +69,9 @@ def _fill_window(claims: Claims, name: str, plan: RegionPlan, window: Window, de
         except MovedError:
             continue
         for page, content in zip(window.numbers[members].tolist(), chunks, strict=True):
+            claims.intend(at, page, 1)  # whoever is killed before the claim is followed by one that knows the page
             try:
                 os.pwrite(descriptor, content, page * PAGE)
             except OSError as error:
                 raise StorageError.from_os(error, f"region {name}", "write") from error
-            claims.pages[name][page] = 1
+            claims.claim(name, page, 1)
