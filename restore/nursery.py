@@ -4,7 +4,7 @@ A page server starts with most of a second of imports, and cannot be forked from
 open LMDB. So the supervisor forks a nursery before it has either; a server forked from that has everything loaded,
 shares its memory, and is ready in some milliseconds, be it for the next rollback or in place of one that was killed.
 Servers outlive the nursery; a `Standby` has a pidfd of its server. The nursery ends when its owner does. Where it is
-gone, servers are spawned. Belongs to one thread at a time.
+gone, or has not answered once, servers are spawned. Several threads may ask.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,6 +48,7 @@ class Nursery:
 
     def __init__(self, connection: socket.socket, pidfd: int) -> None:
         self._socket, self._pidfd = connection, pidfd
+        self._asking = threading.Lock()
         connection.settimeout(_SECONDS)
 
     @classmethod
@@ -70,19 +72,34 @@ class Nursery:
         """A page server; None if the nursery is gone."""
         ours, theirs = socket.socketpair()
         with theirs:
+            pidfd = self._ask(theirs)
+        if pidfd is None:
+            ours.close()
+            return None
+        return Standby(Connection(ours.detach()), pidfd)
+
+    def _ask(self, theirs: socket.socket) -> int | None:
+        """Pidfd of a server that was made for this connection. Answers do not say whose they are, so one asks at a
+        time, and who has not answered in time is asked no more: the next one would get that answer."""
+        with self._asking:
+            if self._socket.fileno() < 0:
+                return None
             try:
                 socket.send_fds(self._socket, [_WANTED], [theirs.fileno()])
                 said, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
             except OSError:
                 said, descriptors = b"", []
-        if said != _MADE or not descriptors:
-            ours.close()
+            if said == _MADE and descriptors:
+                return descriptors[0]
+            self._socket.close()
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # it may be stuck, and `close` waits for it
             return None
-        return Standby(Connection(ours.detach()), descriptors[0])
 
     def close(self) -> None:
         """It ends; its servers go on."""
-        self._socket.close()
+        with self._asking:
+            self._socket.close()
         with contextlib.suppress(OSError):
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         os.close(self._pidfd)
