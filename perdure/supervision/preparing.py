@@ -165,7 +165,7 @@ class Preparation:
 
         The disks are made with it, where a generation is resumed that has some, and served. `drop_disks`: images that
         were disks until now are removed when the guest goes on. `mixed`: what it goes on from is of several
-        generations. Raises StorageError, WorkerError, VirtualMachineError.
+        generations. Raises IntegrityError, StorageError, WorkerError, VirtualMachineError.
         """
         if mixed is None:
             prepared = self._head(repository, prepared, drop_disks)
