@@ -14,7 +14,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from base import extents
+from base.extents import Extents
+from base.units import PAGE
+
 _LINE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ..(.)([sp]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)", re.MULTILINE)
+_ENTRY_BYTES, _PRESENT_BIT = 8, 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +59,23 @@ def shared_mappings(pid: int, file: int) -> list[Mapping]:
         return parse(maps.read(), status.st_dev, status.st_ino)
 
 
-def own_files(pid: int) -> list[Path]:
-    """The files that a process maps privately, as its program and its libraries, each once. Raises OSError."""
-    lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
-    fields = [line.split(maxsplit=5) for line in lines]
-    paths = dict.fromkeys(each[5] for each in fields if len(each) == 6 and each[1].endswith(b"p"))
-    return [Path(os.fsdecode(each)) for each in paths if each.startswith(b"/") and not each.endswith(b" (deleted)")]
+def loaded_files(pid: int) -> dict[Path, Extents]:
+    """What a process has in its page tables of the files that it maps privately, as its program and its libraries: byte
+    ranges of each, in whole pages. Raises OSError. Source: proc_pid_pagemap(5)."""
+    found: dict[bytes, list[Extents]] = {}
+    with open(f"/proc/{pid}/pagemap", "rb") as tables:
+        for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+            match = _LINE.match(line)
+            if match is None or match[4] != b"p":
+                continue
+            name = line[match.end() :].strip()
+            if name.startswith(b"/") and not name.endswith(b" (deleted)"):
+                start, end, offset = (int(each, 16) for each in match.group(1, 2, 5))
+                tables.seek(start // PAGE * _ENTRY_BYTES)
+                entries = np.frombuffer(tables.read((end - start) // PAGE * _ENTRY_BYTES), np.uint64)
+                pages = np.flatnonzero(entries >> _PRESENT_BIT).astype(np.uint64)
+                found.setdefault(name, []).append(extents.from_numbers(pages, PAGE) + offset)
+    return {Path(os.fsdecode(name)): extents.union(*parts) for name, parts in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

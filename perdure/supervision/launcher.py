@@ -120,7 +120,7 @@ class Launcher:
                 await monitor.cont()
             with suppress(StorageError):  # the next launch tries again
                 await elsewhere(self.disks.remove_left)
-            await elsewhere(lambda: readahead.note(qemu.pid, prepared.platform.binary, self.local.qemu_files))
+            await elsewhere(lambda: readahead.note(qemu.pid, prepared.platform.binary, self.local.qemu_loaded))
             return machine
         except BaseException as error:
             if monitor is not None:

@@ -55,9 +55,9 @@ class Local:
         return self.description.name
 
     @property
-    def qemu_files(self) -> Path:
-        """Which files the QEMU of this VM has loaded (vm.readahead)."""
-        return self.state / "qemu.files"
+    def qemu_loaded(self) -> Path:
+        """What of its files the QEMU of this VM has loaded (vm.readahead)."""
+        return self.state / "qemu.loaded"
 
     @property
     def working_sets(self) -> Path:

@@ -91,10 +91,8 @@ class Preparation:
         then.
         """
         resumed = generation if generation is not None and generation.full and not boot else None
-        if resumed is not None:  # each page of its memory is looked up there
-            readahead.expect((repository.environment.path,), bytes_max=_INDEX_BYTES)
-        loaded = readahead.noted_files(self.local.qemu_files)
-        readahead.expect((*loaded, self._description.kernel, self._description.initrd))
+        readahead.expect_noted(self.local.qemu_loaded)
+        readahead.expect((self._description.kernel, self._description.initrd))
         self.local.folder.create()
         platform, reason, problems = self.fitting(generation, boot=boot)
         memory = Memory.prepare(
@@ -111,6 +109,7 @@ class Preparation:
                 served, why = lazily.suits(self._description, generation, resumes=resumed is not None, wanted=lazy)
                 problems = (*problems, *why)
                 if not served:
+                    _expect_index(repository)
                     paths = _restored_paths(memory, resumes=resumed is not None)
                     restored = restore_regions(repository, generation, paths, progress)
                 elif resumed is not None or not generation.full:
@@ -223,6 +222,7 @@ class Preparation:
         lazy = LazyRestore.begin(
             repository, generation, memory.folder, files, local.folder.path, local.working_sets, local.nursery
         )
+        _expect_index(repository)  # not before: what QEMU starts with, and what was looked at here, is wanted sooner
         return Restored(generation, 0, 0, 0.0, 0.0), lazy
 
     def _platform(self) -> tuple[Platform, str]:
@@ -244,6 +244,11 @@ class Preparation:
             generation_id=machine.startswith("pc-") and processes.has_device(description.name, binary, "vmgenid"),
         )
         return platform, chosen.reason
+
+
+def _expect_index(repository: Repository) -> None:
+    """Each page that is restored is looked up there."""
+    readahead.expect((repository.environment.path,), bytes_max=_INDEX_BYTES)
 
 
 def _restored_paths(memory: Memory, *, resumes: bool) -> dict[str, Path]:

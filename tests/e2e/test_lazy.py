@@ -124,7 +124,7 @@ def test_a_vm_goes_on_at_once_and_its_page_server_may_be_killed_at_any_time(vm: 
     assert "another one goes on" in vm.run.text
     second = judged(vm)
     assert second["dirty_bytes"] < made["region_bytes"] / 4  # pages that were placed do not count as changed
-    assert "qemu-system" in (vm.state / "vms" / NAME / "qemu.files").read_text()  # for the next launch
+    assert "qemu-system" in (vm.state / "vms" / NAME / "qemu.loaded").read_text()  # for the next launch
     nothing_is_left(vm)
 
 
