@@ -4,8 +4,11 @@ The tmpfs is mounted on a private folder (0700) with huge=never, since one write
 dirty, and noswap where the kernel has it, since guest memory must not reach a disk. Who may not mount needs the
 folder to be on a tmpfs already. Files are private (0600), have their exact size from the start and hold no page.
 
+Memory is spare while what it holds is nothing to be saved if QEMU is dead: until its guest begins, and from when its
+QEMU is ended on purpose. A file beside the backing files says so; where it is missing, memory is worth saving.
+
 Invariants: memory that is there is never overwritten (`prepare` refuses, `existing` takes over); a `prepare` that
-fails leaves nothing. One process at a time.
+fails leaves nothing; what is released is spare from the first step on. One process at a time.
 
 Source: mount(2), tmpfs(5), proc_pid_mountinfo(5), proc_swaps(5).
 """
@@ -25,6 +28,7 @@ from base.errors import ConflictError, NotFoundError, StorageError, VirtualMachi
 from base.units import PAGE, format_size
 
 _SUFFIX = ".memory"
+_SPARE = "spare"
 _MARGIN = 16 << 20  # for the region table beside the backing files, and for the pages that tmpfs keeps for itself
 _NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _DETACH = 2
@@ -64,7 +68,7 @@ class Memory:
     def prepare(
         cls, vm: str, folder: Path, sizes: Mapping[str, int], *, replaces: Memory | None = None, beside: int = 0
     ) -> Memory:
-        """Make the files of a VM that is to be launched; `sizes` are bytes by region name.
+        """Make the files of a VM that is to be launched, spare until it is; `sizes` are bytes by region name.
 
         Where it replaces other memory, which is given back before a guest runs in this one, no more than `beside`
         bytes are written until then. Raises ConflictError if there is memory of an earlier launch,
@@ -97,6 +101,7 @@ class Memory:
             _check_room(vm, folder, needed)
             for file in memory.files.values():
                 _create(file)
+            memory.set_spare()
         except BaseException:
             with contextlib.suppress(StorageError):  # the first error says what is wrong
                 memory._remove(folder_too=made)
@@ -126,6 +131,23 @@ class Memory:
         """Whether memory of an earlier launch is there."""
         return any(folder.glob(f"*{_SUFFIX}"))
 
+    @staticmethod
+    def is_spare(folder: Path) -> bool:
+        """Whether what was found there is nothing to be saved."""
+        return (folder / _SPARE).exists()
+
+    def set_spare(self) -> None:
+        """Nobody is to go on with what it holds. Where that cannot be noted it is saved in vain."""
+        with contextlib.suppress(OSError):
+            (self.folder / _SPARE).touch(0o600)
+
+    def set_used(self) -> None:
+        """A guest is about to use it. Raises StorageError."""
+        try:
+            (self.folder / _SPARE).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError.from_os(error, str(self.folder / _SPARE), "remove") from error
+
     def resident_bytes(self) -> int:
         """What the files take of the host's memory. Raises StorageError."""
         try:
@@ -141,6 +163,7 @@ class Memory:
 
     def release(self) -> None:
         """Give all of it back, content included; for a VM whose QEMU has ended. Raises StorageError."""
+        self.set_spare()
         self._remove(folder_too=True)
 
     def _remove(self, *, folder_too: bool) -> None:
@@ -148,7 +171,7 @@ class Memory:
             if _is_mounted(self.folder):
                 _unmount(self.folder)
             elif self.folder.exists():
-                for entry in self.folder.iterdir():
+                for entry in sorted(self.folder.iterdir(), key=lambda each: each.name == _SPARE):
                     entry.unlink()
             if folder_too:
                 self.folder.rmdir()

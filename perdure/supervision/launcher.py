@@ -117,6 +117,7 @@ class Launcher:
                     await migration.load(monitor, prepared.devices)
                 await self.before_boot(machine)
                 await elsewhere(self.disks.begun)
+                prepared.memory.set_used()
                 await monitor.cont()
             with suppress(StorageError):  # the next launch tries again
                 await elsewhere(self.disks.remove_left)
@@ -167,6 +168,7 @@ class Launcher:
                 await elsewhere(lambda: self.disks.taken_over(repository))
                 await hold.hold_on_reset(monitor)
                 addresses = await monitor.address_map(int(self.description.memory))
+                memory.set_used()  # its end may have been about to be asked for, and was not
                 table = RegionTable.load(
                     self.local.table(memory.folder), self.description.name, self.local.devices(addresses)
                 )

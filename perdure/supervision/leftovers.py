@@ -1,4 +1,4 @@
-"""Memory that a QEMU left when it died: captured, unless nobody wants it, and given back."""
+"""Memory that a QEMU left when it died: captured, unless it is spare or nobody wants it, and given back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from perdure.supervision.local import Local
 from restore.lazy_fill import fill
 from store.repository import Repository
 from vm.identity import Identity
+from vm.memory import Memory
 from vm.regions import RegionTable
 
 
@@ -19,7 +20,7 @@ def salvage(local: Local, repository: Repository, progress: Progress) -> Capture
     """Blocking: capture what a dead QEMU left in memory, then give that back. Raises what capture raises."""
     done = None
     for folder in local.memory_folders():
-        if local.table(folder).exists():
+        if local.table(folder).exists() and not Memory.is_spare(folder):
             fill(repository, folder, [region.name for region in local.description.regions], progress)
             done = _capture(local, repository, folder, progress)
         local.release_memory(folder)

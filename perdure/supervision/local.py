@@ -84,7 +84,7 @@ class Local:
         Memory(self.name, folder, {}).release()
 
     def table(self, memory: Path) -> Path:
-        """The region table of a memory folder: where there is one, a guest began to use that memory, whole."""
+        """The region table of a memory folder: where there is one, that memory was whole, and QEMU has had it."""
         return memory / _TABLE
 
     def devices(self, addresses: AddressMap) -> list[Device]:

@@ -326,15 +326,11 @@ class Machine:
         """Names of the disks that full generations have."""
         return disks.captured(self.description)
 
-    async def quit(self) -> None:
-        """End QEMU and give back its memory."""
-        await self.end()
-        await self.ended()
-
     async def end(self, *, aside: bool = False) -> None:
         """Have QEMU end; when this returns it has let go of sockets, disks and networks, and takes down its memory,
         `aside` at first: in processor time that nobody wants."""
         await self._stop_tasks()
+        self.memory.set_spare()  # before QEMU hears of it: a crash from now on is none of the VM
         if self.waits_for_memory:
             with suppress(PerdureError):  # `ended` tries again
                 await asyncio.to_thread(self.qemu.kill)

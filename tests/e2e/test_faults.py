@@ -454,7 +454,7 @@ def test_a_qemu_that_dies_in_a_snapshot_ends_both(vm: Supervised) -> None:
         said = snapshot.refused()  # the monitor or the tracker may notice first; how it ended is known of children only
         assert f"VM {NAME}: " in said and "QEMU " in said and "ended" in said
     assert vm.run.ended() == 1
-    assert history(vm)[-1]["cause"] == "crash"
+    assert history(vm)[-1]["cause"] == "crash", vm.report()
     assert area.of(vm.export()) == expected
     assert_nothing_left(vm)
 
@@ -557,6 +557,24 @@ def test_a_supervisor_that_is_killed_at_the_end_of_a_rollback_is_followed_by_the
     vm.guest.run("write_pages([5])")
     assert_next_snapshot_is_right(vm)
     assert_repository_is_whole(vm)
+
+    vm.momentous()
+    vm.tell_hook("kill-supervisor")
+    assert "supervisor ended" in vm.refused("rollback", f"{NAME}@{first}", "--lazy")
+    vm.until(lambda: len(qemus(vm)) == 1, "the old QEMU has ended")
+    vm.kill_qemu()
+    assert memory_folders(vm) == ["memory", "memory-2"]
+    for script in ("kill -KILL $QEMU $PPID", "kill -KILL $PPID"):  # at a stop that is about to be asked for
+        vm.start().expect("tracker: ")
+        assert [each["cause"] for each in history(vm)[-2:]] == ["before rollback", "rollback"]
+        vm.at("quit", script)
+        assert "supervisor" in vm.refused("stop", NAME)
+        assert vm.run.ended() == -signal.SIGKILL
+    vm.start().expect("taken over")
+    vm.perdure("snapshot", NAME)  # when that is done
+    vm.kill_qemu()
+    assert vm.run.ended() == 1
+    assert [each["cause"] for each in history(vm)[-2:]] == ["snapshot", "crash"]
 
 
 def test_what_comes_before_the_first_instruction_can_be_interrupted(guest_image: Image) -> None:
@@ -699,7 +717,7 @@ def test_a_full_disk_costs_generations_and_nothing_else(guest_image: Image) -> N
             assert "No space left on device" in vm.run.text
             assert "No space left on device" in vm.refused("run", str(toml(vm)))
         boot(vm)
-        assert history(vm)[-1]["cause"] == "crash"
+        assert history(vm)[-1]["cause"] == "crash", vm.report()
         with vm.before_boot() as found:
             assert found["pm0"][:] == expected
         assert_repository_is_whole(vm)

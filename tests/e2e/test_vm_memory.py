@@ -103,10 +103,47 @@ def test_what_a_launch_that_was_cut_short_left_is_no_obstacle(tmp_path):
         file.path.unlink()
     (first.folder / "regions.json").write_text("{}")
     second = Memory.prepare("demo", tmp_path / "memory", {"ram": 128 * MIB})
-    assert [path.name for path in second.folder.iterdir()] == ["ram.memory"]
+    assert sorted(path.name for path in second.folder.iterdir()) == ["ram.memory", "spare"]
     second.release()
     mounts = Path("/proc/mounts").read_text()
     assert str(tmp_path) not in mounts
+
+
+def test_memory_is_spare_but_while_a_guest_uses_it(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(16, "Device or resource busy")
+
+    made = Memory.prepare("demo", tmp_path / "memory", SIZES)
+    assert Memory.is_spare(made.folder)
+    made.set_used()
+    assert not Memory.is_spare(made.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("vm.memory._unmount", fail)
+        with pytest.raises(StorageError, match="release the memory of VM demo: Device or resource busy"):
+            made.release()
+    assert Memory.is_spare(made.folder)
+    made.release()
+    assert not made.folder.exists()
+
+
+def test_memory_is_spare_until_the_last_of_it_is_removed(short_folder, monkeypatch):
+    os.chown(short_folder, NOBODY, NOBODY)
+    unlink, at_each = Path.unlink, []
+
+    def work():
+        made = Memory.prepare("demo", short_folder / "memory", SIZES)
+        made.set_used()
+        (made.folder / "regions.json").write_text("{}")
+
+        def look(path, *words, **options):
+            at_each.append(Memory.is_spare(made.folder))
+            unlink(path, *words, **options)
+
+        monkeypatch.setattr(Path, "unlink", look)
+        made.release()
+        return at_each
+
+    assert as_nobody(work) == str([True] * 4)
 
 
 def test_without_privileges_a_folder_on_tmpfs_will_do(short_folder):
