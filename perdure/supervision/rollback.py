@@ -115,10 +115,14 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
             lambda: supervisor.preparation.go_on_from(supervisor.repository, made, drop_disks=drops, mixed=mixed)
         )
     except BaseException:
-        if prepared is not None:
-            await supervisor.in_store(prepared.discard)
-        if not machine.waits_for_memory:
-            await supervisor.go_on(machine)
+        try:
+            if machine.monitor.stopped:
+                await supervisor.go_on(machine)
+        except PerdureError:  # QEMU does not answer just now: the guest goes on when it does
+            machine.go_on_without_session()
+        finally:
+            if prepared is not None:
+                await supervisor.discard(prepared)
         raise
     supervisor.state = "rolling back"
     await supervisor.end_machine(machine)

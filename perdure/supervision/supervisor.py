@@ -31,7 +31,7 @@ from perdure.supervision.draining import Draining
 from perdure.supervision.execution import settle_bitmaps
 from perdure.supervision.launcher import Launcher
 from perdure.supervision.machine import Machine
-from perdure.supervision.preparing import Preparation
+from perdure.supervision.preparing import Preparation, Prepared
 from perdure.supervision.preview import preview
 from perdure.supervision.reconnecting import Reconnecting
 from perdure.supervision.requests import Requests
@@ -239,11 +239,22 @@ class Supervisor:
                 "--from, or --without-restore"
             )
             raise IntegrityError(error.object, problem, offset=error.offset, chunk=error.chunk) from error
-        prepared = await self.in_store(lambda: self.preparation.go_on_from(self.repository, prepared))
-        machine, prepared = await lazily.launch(self, prepared)
+        try:
+            head = await self.in_store(lambda: self.preparation.go_on_from(self.repository, prepared))
+        except BaseException:
+            await self.discard(prepared)
+            raise
+        machine, prepared = await lazily.launch(self, head)
         await self.follow(machine)
         how = f"started (pid {machine.pid}, {machine.platform.accelerator}): {prepared.summary}"
         self.introduce(machine, prepared.warnings, how)
+
+    async def discard(self, prepared: Prepared) -> None:
+        """Give back what is not going to be launched, after an error that is not to be hidden by another one."""
+        try:
+            await self.in_store(prepared.discard)
+        except PerdureError as error:  # memory that is lost to the host until somebody unmounts it
+            self.say(f"{self.vm}: {one_line(error)}")
 
     def introduce(self, machine: Machine, warnings: Sequence[str], how: str) -> None:
         """Say what the user should know of a machine that is new here."""

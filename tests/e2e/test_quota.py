@@ -69,3 +69,13 @@ def test_a_refused_capture_leaves_the_guest_as_it_is(vm: Supervised) -> None:
     made = vm.perdure("snapshot", NAME)
     assert [each["generation"] for each in made["forgotten"]] == [3]
     assert numbers(vm) == [(1, "snapshot"), (4, "snapshot")]
+
+    vm.perdure("policy", "set", NAME, "--quota", "7MiB")
+    assert REFUSED in vm.refused("rollback", f"{NAME}@1", "--discard")
+    assert vm.guest.run(f"holds('kept', {SIZE}, 4)")
+    vm.perdure("stop", NAME)
+    assert vm.run.ended() == 0
+    assert vm.start("--from", f"{NAME}@1").ended() == 1
+    assert REFUSED in vm.run.text
+    assert not list(vm.runtime.glob("memory*"))
+    assert f"{vm.runtime}/" not in Path("/proc/self/mountinfo").read_text()
