@@ -1,7 +1,8 @@
 """Work that only uses processor time that nobody else wants, for as long as that is bearable.
 
-What runs so may wait without end on a busy host, so each use says how it gets its turn again. Does nothing where we
-may not take it back: whoever is not root could not (sched(7), RLIMIT_NICE).
+What runs so may wait without end on a busy host, so each use says how it gets its turn again. For other processes
+only: a thread of ours that stood back would hold up all others where it has the interpreter's lock. Does nothing where
+we may not take it back: whoever is not root could not (sched(7), RLIMIT_NICE).
 
 Source: sched(7), proc_pid_task(5).
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 
 
 def give_way(pid: int) -> None:
@@ -23,19 +23,6 @@ def take_turns(pid: int) -> None:
     """All threads of a process run as others do."""
     if os.geteuid() == 0:
         _schedule(pid, os.SCHED_OTHER)
-
-
-@contextlib.contextmanager
-def aside() -> Iterator[None]:
-    """This thread stands back in the block."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _schedule(pid: int, policy: int) -> None:

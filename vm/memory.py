@@ -155,14 +155,9 @@ class Memory:
         except OSError as error:
             raise StorageError.from_os(error, str(self.folder), f"look at the memory of VM {self.vm}") from error
 
-    def empty(self) -> None:
-        """Give back what the files hold, for a VM whose QEMU has ended; `release` then has little to do."""
-        for file in self.files.values():
-            with contextlib.suppress(OSError):
-                os.truncate(file.path, 0)
-
     def release(self) -> None:
-        """Give all of it back, content included; for a VM whose QEMU has ended. Raises StorageError."""
+        """Give all of it back, content included; for a VM whose QEMU has ended, or is ending: then the names at once,
+        and the content with the process that has it. May be done again. Raises StorageError."""
         self.set_spare()
         self._remove(folder_too=True)
 

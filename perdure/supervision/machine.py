@@ -328,7 +328,8 @@ class Machine:
 
     async def end(self, *, aside: bool = False) -> None:
         """Have QEMU end; when this returns it has let go of sockets, disks and networks, and takes down its memory,
-        `aside` at first: in processor time that nobody wants."""
+        `aside` at first: in processor time that nobody wants. Its files have no names any more: what they hold is given
+        back as QEMU's last act, in its own time."""
         await self._stop_tasks()
         self.memory.set_spare()  # before QEMU hears of it: a crash from now on is none of the VM
         if self.waits_for_memory:
@@ -343,12 +344,14 @@ class Machine:
         self._aside = aside
         if aside:
             priority.give_way(self.pid)
+        with suppress(StorageError):  # `ended` tries again
+            await asyncio.to_thread(self.memory.release)
         self.holds.__exit__(None, None, None)
         await self.monitor.disconnect()
         self.tracking.close()
 
     async def ended(self) -> None:
-        """After `end`: wait until the process is gone, and give back its memory. Raises StorageError."""
+        """After `end`: wait until the process is gone, and its memory given back. Raises StorageError."""
         if self._aside and not await asyncio.to_thread(self.qemu.wait, _ASIDE_SECONDS):
             priority.take_turns(self.pid)
         if not await asyncio.to_thread(self.qemu.wait, _QUIT_SECONDS):
@@ -357,14 +360,7 @@ class Machine:
         lazy, self.lazy = self.lazy, None
         if lazy is not None:
             lazy.abandon()
-        await asyncio.to_thread(self._release)
-
-    def _release(self) -> None:
-        """Blocking: give the memory back; most of that takes as long as it is large."""
-        if self._aside:
-            with priority.aside():
-                self.memory.empty()
-        self.memory.release()
+        await asyncio.to_thread(self.memory.release)
 
     async def disconnect(self) -> None:
         """Leave QEMU as it is, for the next supervisor; a guest that stands still because of us goes on, also where the
