@@ -9,7 +9,6 @@ Coroutines of the monitor's loop; the others block. Source: QEMU, qapi/block-cor
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -69,11 +68,6 @@ def create(disk: Disk, path: Path, size: int, socket: Path, export: str) -> None
         os.close(descriptor)
 
 
-def is_filled(path: Path) -> bool:
-    """Blocking: whether an image needs nothing else, by its own header. Raises StorageError, VirtualMachineError."""
-    return "backing-filename" not in json.loads(_tool("info", "-U", "--output=json", str(path), about=path))
-
-
 async def begin(monitor: Monitor, disk: str, bandwidth: int) -> None:
     """Begin to fill an image, `bandwidth` bytes a second at most (0: no limit). Raises VirtualMachineError."""
     arguments: dict[str, Any] = {"job-id": job_of(disk), "device": f"disk-{disk}", "speed": bandwidth}
@@ -110,7 +104,7 @@ async def let_go(monitor: Monitor, disk: str) -> None:
     await monitor.execute("blockdev-del", **arguments)
 
 
-def _tool(*words: str, about: Path) -> str:
+def _tool(*words: str, about: Path) -> None:
     try:
         done = subprocess.run(
             ["qemu-img", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TOOL_SECONDS
@@ -121,4 +115,3 @@ def _tool(*words: str, about: Path) -> str:
         raise VirtualMachineError(f"{about}: qemu-img {words[0]} failed: {error}") from error
     if done.returncode:
         raise VirtualMachineError(f"{about}: qemu-img {words[0]} failed: {' '.join(done.stderr.split())}")
-    return done.stdout

@@ -99,9 +99,10 @@ class Filling:
 
     async def _look(self) -> None:
         """Begin jobs that are not under way, and end what is done."""
+        unfilled = await asyncio.to_thread(self._disks.unfilled)
         self._jobs = await overlays.jobs(self._monitor)
         behind = await overlays.unfilled(self._monitor)
-        for name in await asyncio.to_thread(self._disks.unfilled):
+        for name, token in unfilled.items():
             if name in self._jobs:
                 continue
             if name in behind:
@@ -109,7 +110,7 @@ class Filling:
                 continue
             with suppress(VirtualMachineError):  # an earlier supervisor may have come as far as this
                 await overlays.let_go(self._monitor, name)
-            await asyncio.to_thread(self._disks.note_filled, name)
+            await asyncio.to_thread(self._disks.note_filled, name, token)
             self._say(f"{self._vm}: disk {name} is filled, and needs its generation no longer")
         if not await asyncio.to_thread(self._disks.unfilled):
             await asyncio.to_thread(self._disks.watch)

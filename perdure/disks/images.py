@@ -1,8 +1,9 @@
 """The disks of one VM: which files they are now, the images that are made when it goes back, and their servers.
 
 Invariants: the file that a description names is never written by going back; an image is used only with the
-generation that it is of; a need (store.needs) keeps that generation until the image is filled or gone; what goes with
-a head of history that was not committed is taken back. Blocking calls, from several threads: a lock is held.
+generation that it is of; a need (store.needs) keeps that generation until the image is filled or gone; images are
+pending, and no disks, until the QEMU before has let go of its own; what goes with a head of history that was not
+committed is taken back. Blocking calls, from several threads: a lock is held.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -57,18 +58,16 @@ class Disks:
                 self._described, disks=tuple(self._as_it_is(each) for each in self._described.disks)
             )
 
-    def unfilled(self) -> list[str]:
-        """Disks whose images still need their generation."""
+    def unfilled(self) -> dict[str, str]:
+        """By disk, the tokens of images that still need their generation."""
         with self._lock:
-            return [name for name, each in self._used().items() if not each.overlay.filled]
+            return {name: each.overlay.token for name, each in self._used().items() if not each.overlay.filled}
 
     def fillings(self) -> dict[str, dict[str, Any]]:
         """By disk, the block node behind an image that is not filled."""
         with self._lock:
-            used = self._used()
             return {
-                name: overlays.node(name, self._folder.images(used[name].overlay.token), name)
-                for name in self.unfilled()
+                name: overlays.node(name, self._folder.images(token), name) for name, token in self.unfilled().items()
             }
 
     def remarks(self) -> Iterator[str]:
@@ -117,30 +116,46 @@ class Disks:
                 each is not None and each.overlay.token == token and not each.overlay.begun for each in used
             )
 
-    @contextmanager
-    def going_back(
-        self, repository: Repository, generation: Generation, *, drop: bool, names: Sequence[str] | None = None
-    ) -> Iterator[str]:
-        """Images of the disks of a generation, or of some of them; gives the token with which a head of history is to
-        be committed inside.
+    def superseded(self, head: Generation) -> bool:
+        """Whether a head of history has images that no guest has run on yet, be they pending or not: memory that a
+        QEMU left is of before it."""
+        with self._lock:
+            pending = self._state.pending
+            return self.pristine(head) or (pending is not None and pending.token == head.metadata.get(TOKEN))
 
-        When that raises, they are taken back. `drop`: the images that are disks until now are not kept. Raises
-        ConflictError, StorageError (no room, say), VirtualMachineError.
+    def go_back(
+        self, repository: Repository, generation: Generation, *, drop: bool, names: Sequence[str] | None = None
+    ) -> str:
+        """Images of the disks of a generation, or of some of them, and their server; gives the token with which a head
+        of history is to be committed then.
+
+        They are pending beside the disks of a QEMU that may go on, until `promote` or `drop_pending`. `drop`: the
+        images that are disks until now are not kept. Raises ConflictError, StorageError (no room, say),
+        VirtualMachineError, WorkerError: they are taken back then.
         """
         with self._lock:
             self._use(repository)
+            self.drop_pending()
             pending = self._plan(generation, drop, disks_of(generation) if names is None else names)
             self._require_room(generation, pending.disks)
             self._write(msgspec.structs.replace(self._state, pending=pending))
             try:
                 for name, each in pending.disks.items():
                     self._make(repository, name, each.overlay)
-                yield pending.token
+                self.serve(repository)
             except BaseException:
                 with suppress(PerdureError):
-                    self._settle(repository, pending)
+                    self.drop_pending()
                 raise
-            self._write(self._state.promoted())
+            return pending.token
+
+    def promote(self) -> None:
+        """A QEMU is about to be launched, and the one before has let go: pending images are the disks, and all that
+        are being filled have a server. Raises StorageError, WorkerError."""
+        with self._lock:
+            if self._state.pending is not None:
+                self._write(self._state.promoted())
+            self.watch()
 
     def drop_pending(self) -> None:
         """Take back images for a head of history that there will not be. Raises StorageError."""
@@ -150,6 +165,10 @@ class Disks:
                 for each in pending.disks.values():
                     self._remove(each.overlay)
                 self._write(msgspec.structs.replace(self._state, pending=None))
+                socket = self._folder.images(pending.token)
+                server = self._servers.pop(pending.token, None) or disk_server.find(socket)
+                if server is not None:
+                    server.end()
 
     def begun(self) -> None:
         """The guest is about to write: images are what their generations have no longer. Raises StorageError.
@@ -167,61 +186,34 @@ class Disks:
             if state is not self._state:
                 self._write(state)
 
-    def note_filled(self, name: str) -> None:
-        """An image needs nothing else any more. Raises StorageError."""
+    def note_filled(self, name: str, token: str) -> None:
+        """The image with this token needs nothing else any more; that it is no disk any more is no error. Raises
+        StorageError."""
         with self._lock:
-            overlay = self._state.disks[name].overlay
-            self._write(self._state.changed(name, filled=True))
-            self._release(overlay)
-
-    def note_filled_ones(self) -> None:
-        """The same for images that were filled while nobody looked; of a VM that does not run."""
-        with self._lock:
-            for name in self.unfilled():
-                if overlays.is_filled(Path(self._state.disks[name].overlay.path)):
-                    self.note_filled(name)
+            current = self._state.disks.get(name)
+            if current is not None and current.overlay.token == token:
+                self._write(self._state.changed(name, filled=True))
+                self._release(current.overlay)
 
     def remove_left(self) -> None:
         """Remove images that nobody uses and whose content was captured or discarded. Raises StorageError."""
         with self._lock:
             self._remove_left()
 
-    def serve(self, repository: Repository) -> list[str]:
-        """See that every image which is being filled has a server, and that there is no other; gives lines to say.
-
-        Raises WorkerError.
-        """
+    def serve(self, repository: Repository) -> None:
+        """See that a QEMU which is launched next finds the servers that it needs. Raises WorkerError."""
         with self._lock:
             self._repository = repository
-            return self.watch()
+            tokens = {each.overlay.token for each in self._next().values()}
+            self._see_to({token: exports for token, exports in self._exports().items() if token in tokens})
 
     def watch(self) -> list[str]:
         """Start servers that have ended, end those that have nothing to do; gives lines to say. Raises WorkerError."""
         with self._lock:
-            said = []
-            wanted: dict[str, dict[str, Export]] = {}
-            for name in self.unfilled():
-                overlay = self._state.disks[name].overlay
-                exports = wanted.setdefault(overlay.token, {})
-                exports[name] = Export(overlay.sequence, f"{DISK_PREFIX}{name}")
+            wanted = self._exports()
             for token in [token for token in self._servers if token not in wanted]:
                 self._servers.pop(token).end()
-            for token, exports in wanted.items():
-                server = self._servers.get(token) or disk_server.find(self._folder.images(token))
-                if server is not None and not server.alive:
-                    server.end()
-                    said.append(f"the server of disk {', '.join(exports)} had ended, and is started again")
-                    server = None
-                assert self._repository is not None
-                if server is not None and server.keyring < self._repository.keys.header.number:
-                    server.end()
-                    said.append(f"keys were changed, and the server of disk {', '.join(exports)} is given the new ones")
-                    server = None
-                if server is None:
-                    path = self._folder.images(token)
-                    server = disk_server.start(self._described.name, self._repository, path, exports)
-                self._servers[token] = server
-            return said
+            return self._see_to(wanted)
 
     def held(self) -> dict[str, str]:
         """By disk, why the guest waits for something of it."""
@@ -272,6 +264,41 @@ class Disks:
         files = {each.name: str(each.file) for each in self._described.disks}
         return {name: each for name, each in self._state.disks.items() if files.get(name) == each.first.path}
 
+    def _next(self) -> dict[str, Current]:
+        """The same for the QEMU that is launched next."""
+        pending = self._state.pending
+        return self._used() if pending is None else {**self._used(), **pending.disks}
+
+    def _exports(self) -> dict[str, dict[str, Export]]:
+        """By token, what a server has to show, to the QEMU of now or to the next."""
+        found: dict[str, dict[str, Export]] = {}
+        for disks in (self._used(), self._next()):
+            for name, each in disks.items():
+                if not each.overlay.filled:
+                    exports = found.setdefault(each.overlay.token, {})
+                    exports[name] = Export(each.overlay.sequence, f"{DISK_PREFIX}{name}")
+        return found
+
+    def _see_to(self, wanted: dict[str, dict[str, Export]]) -> list[str]:
+        """Start servers that are not there; gives lines to say. Raises WorkerError."""
+        said = []
+        for token, exports in wanted.items():
+            server = self._servers.pop(token, None) or disk_server.find(self._folder.images(token))
+            if server is not None and not server.alive:
+                server.end()
+                said.append(f"the server of disk {', '.join(exports)} had ended, and is started again")
+                server = None
+            assert self._repository is not None
+            if server is not None and server.keyring < self._repository.keys.header.number:
+                server.end()
+                said.append(f"keys were changed, and the server of disk {', '.join(exports)} is given the new ones")
+                server = None
+            if server is None:
+                path = self._folder.images(token)
+                server = disk_server.start(self._described.name, self._repository, path, exports)
+            self._servers[token] = server
+        return said
+
     def _as_it_is(self, disk: DescribedDisk) -> DescribedDisk:
         current = self._used().get(disk.name)
         if current is None:
@@ -293,7 +320,7 @@ class Disks:
             self._write(msgspec.structs.replace(self._state, repository=identity, leases=str(repository.leases)))
 
     def preview(self, repository: Repository, generation: Generation, names: Sequence[str]) -> list[dict[str, Any]]:
-        """What `going_back` would make, as documents. Raises StorageError."""
+        """What `go_back` would make, as documents. Raises StorageError."""
         with self._lock:
             self._repository = repository
             planned = self._plan(generation, True, names)

@@ -133,19 +133,11 @@ def start(vm: str, repository: Repository, path: Path, exports: dict[str, Export
         socket=str(path),
         exports=exports,
     )
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     log = path.with_suffix(".log")
-    with open(log, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "perdure.disks.server", str(path)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env=environment,
-            start_new_session=True,
-        )
+    try:
+        child = _spawn(path, log)
+    except OSError as error:
+        raise WorkerError(f"VM {vm}: the server of its disks did not start: {error}") from error
     pidfd = os.pidfd_open(child.pid)
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError), child.stdin:
@@ -158,6 +150,21 @@ def start(vm: str, repository: Repository, path: Path, exports: dict[str, Export
         said = " ".join(log.read_text(errors="replace").split()[-60:]) or "it said nothing"
         raise WorkerError(f"VM {vm}: the server of its disks did not start: {said}")
     return server
+
+
+def _spawn(path: Path, log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with open(log, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "perdure.disks.server", str(path)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def _answers(server: DiskServer) -> bool:

@@ -8,11 +8,12 @@ made. Blocking calls of the repository's thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from base import extents as ranges
+from base.errors import PerdureError, one_line
 from base.extents import Extents
 from restore.scrub import scrub
 from store.reader import GenerationReader
@@ -21,6 +22,8 @@ from store.repository import Repository
 from store.writer import GenerationWriter, RegionDraft
 from vm.config import DISK_PREFIX
 from vm.memory import Memory
+
+_CAUSES = ("rollback", "boot", "clone")
 
 
 def again(repository: Repository, vm: str, generation: Generation, more: Mapping[str, Any] | None = None) -> Generation:
@@ -35,6 +38,23 @@ def again(repository: Repository, vm: str, generation: Generation, more: Mapping
             _same(repository, writer, generation, region.name)
         cause = "rollback" if vm == generation.vm else "clone"
         return writer.commit(cause, metadata={**generation.metadata, **(more or {})})
+
+
+def take_back(repository: Repository, vm: str, before: Generation | None, say: Callable[[str], None]) -> None:
+    """Forget a head that was made after `before`, which was the latest: the VM does not go on from it after all, and
+    the next run must not. That it was done is said, or that it cannot be."""
+    head = None
+    try:
+        repository.refresh()
+        head = repository.latest(vm)
+        if head is None or head.cause not in _CAUSES or (before is not None and head.number <= before.number):
+            return
+        repository.forget(head)
+    except PerdureError as error:
+        made = "a head of history that was just made" if head is None else head.name
+        say(f"{vm} does not go on from {made}, which cannot be forgotten: {one_line(error)}")
+        return
+    say(f"{vm} does not go on from {head.name} after all, which is forgotten")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from base.errors import ConflictError, StorageError, VirtualMachineError
 from capture.choice import Facts, probe_facts
 from capture.journal import Journal
 from capture.tracking import start_tracking
-from perdure.supervision import lazily, leaving, leftovers
+from perdure.supervision import heads, lazily, leaving, leftovers
 from perdure.supervision.local import Local
 from perdure.supervision.machine import Machine
 from perdure.supervision.preparing import Prepared
@@ -85,6 +85,7 @@ class Launcher:
         QEMU is left.
         """
         try:
+            await elsewhere(self.disks.promote)
             argv = command_line(
                 self.disks.description,
                 prepared.platform,
@@ -165,7 +166,6 @@ class Launcher:
                 monitor = await Monitor.connect(qemu, excused=self._excused)
                 await migration.clean_up(monitor)
                 await disks.release(monitor, self.folder)
-                await elsewhere(lambda: self.disks.taken_over(repository))
                 await hold.hold_on_reset(monitor)
                 addresses = await monitor.address_map(int(self.description.memory))
                 memory.set_used()  # its end may have been about to be asked for, and was not
@@ -181,6 +181,10 @@ class Launcher:
                 parent = max(
                     (*bases.values(), *([parent] if parent else ())), key=lambda each: each.number, default=None
                 )
+                if parent is not None:  # else what is known here does not tell a head that was cut short
+                    since = parent
+                    await elsewhere(lambda: heads.take_back(repository, self.local.name, since, self._say))
+                await elsewhere(lambda: self.disks.taken_over(repository))
                 found = Prepared(
                     memory, facts.platform, facts.accelerator_reason, parent, None, memory.warnings, lazy=lazy
                 )

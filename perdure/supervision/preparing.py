@@ -4,6 +4,7 @@ of history that the VM goes on from. A rollback that cannot be restored changes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,6 +156,7 @@ class Preparation:
         self,
         repository: Repository,
         prepared: Prepared,
+        say: Callable[[str], None],
         *,
         drop_disks: bool = False,
         mixed: heads.Mixed | None = None,
@@ -162,22 +164,31 @@ class Preparation:
         """Blocking: where an older generation was prepared, or only a part of one, add one to history that equals it
         and follows it, so that the latest is always what the VM goes on from, also after a power loss.
 
-        The disks are made with it, where a generation is resumed that has some, and served. `drop_disks`: images that
-        were disks until now are removed when the guest goes on. `mixed`: what it goes on from is of several
-        generations. Raises IntegrityError, StorageError, WorkerError, VirtualMachineError.
+        Images of disks are made before it, where a generation is resumed that has some, and served; they are pending
+        until a QEMU is launched. `drop_disks`: images that were disks until now are removed when the guest goes on.
+        `mixed`: what it goes on from is of several generations. Raises IntegrityError, StorageError, WorkerError,
+        VirtualMachineError: the latest and the disks are what they were then, and what cannot be taken back is said.
         """
-        if mixed is None:
-            prepared = self._head(repository, prepared, drop_disks)
-        elif mixed.names:
-            with self.local.disks.going_back(repository, mixed.back, drop=drop_disks, names=mixed.names) as token:
-                prepared = replace(prepared, parent=heads.of_several(repository, mixed, {TOKEN: token}))
-        else:
-            prepared = replace(prepared, parent=heads.of_several(repository, mixed))
-        self.local.disks.serve(repository)
-        if prepared.served and prepared.lazy is None and prepared.parent is not None:
-            restored, begun = self._begin_lazily(repository, prepared.parent, prepared.memory)
-            prepared = replace(prepared, restored=restored, lazy=begun)
-        return prepared
+        name, disks = self.local.name, self.local.disks
+        latest = repository.latest(name)
+        try:
+            token = self._disks_back(repository, prepared, mixed, drop_disks)
+            disks.serve(repository)
+            head = (
+                self._head(repository, prepared, latest, token)
+                if mixed is None
+                else heads.of_several(repository, mixed, token)
+            )
+            prepared = replace(prepared, parent=head)
+            if prepared.served and prepared.lazy is None and head is not None:
+                restored, begun = self._begin_lazily(repository, head, prepared.memory)
+                prepared = replace(prepared, restored=restored, lazy=begun)
+            return prepared
+        except BaseException:
+            heads.take_back(repository, name, latest, say)
+            with suppress(PerdureError):
+                disks.drop_pending()
+            raise
 
     def eagerly(self, repository: Repository, prepared: Prepared, progress: Progress) -> Prepared:
         """Blocking: the same again in place of one that could not be launched lazily: new memory, all of it restored.
@@ -195,21 +206,29 @@ class Preparation:
             raise
         return replace(prepared, memory=memory, restored=restored, lazy=None, served=False)
 
-    def _head(self, repository: Repository, prepared: Prepared, drop_disks: bool) -> Prepared:
-        name = self.local.name
-        latest = repository.latest(name)
-        if prepared.parent is None:
-            return prepared
-        foreign = prepared.parent.vm != name
-        with_disks = prepared.devices is not None and disks_of(prepared.parent)
-        if with_disks and not self.local.disks.pristine(prepared.parent):
-            with self.local.disks.going_back(repository, prepared.parent, drop=drop_disks) as token:
-                return replace(prepared, parent=heads.again(repository, name, prepared.parent, {TOKEN: token}))
-        older = latest is None or latest.id != prepared.parent.id
-        if prepared.parent.full and prepared.devices is None:
-            cause = "clone" if foreign else "rollback" if older else "boot"
-            return replace(prepared, parent=heads.kept_of(repository, name, prepared.parent, cause))
-        return replace(prepared, parent=heads.again(repository, name, prepared.parent)) if older else prepared
+    def _disks_back(
+        self, repository: Repository, prepared: Prepared, mixed: heads.Mixed | None, drop: bool
+    ) -> dict[str, str]:
+        """Images of disks that go back, and metadata of the head that they belong to."""
+        disks = self.local.disks
+        if mixed is not None:
+            return {TOKEN: disks.go_back(repository, mixed.back, drop=drop, names=mixed.names)} if mixed.names else {}
+        resumed = prepared.parent if prepared.devices is not None else None
+        if resumed is None or not disks_of(resumed) or disks.pristine(resumed):
+            return {}
+        return {TOKEN: disks.go_back(repository, resumed, drop=drop)}
+
+    def _head(
+        self, repository: Repository, prepared: Prepared, latest: Generation | None, token: dict[str, str]
+    ) -> Generation | None:
+        name, generation = self.local.name, prepared.parent
+        if generation is None:
+            return None
+        older = latest is None or latest.id != generation.id
+        if generation.full and prepared.devices is None:
+            cause = "clone" if generation.vm != name else "rollback" if older else "boot"
+            return heads.kept_of(repository, name, generation, cause)
+        return heads.again(repository, name, generation, token) if older or token else generation
 
     def _begin_lazily(
         self, repository: Repository, generation: Generation, memory: Memory

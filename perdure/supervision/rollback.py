@@ -112,7 +112,9 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         mixed = _mixed(generation, wanted, captured)
         drops = wanted.discard or (captured is not None and captured.generation.full)
         head = await supervisor.in_store(
-            lambda: supervisor.preparation.go_on_from(supervisor.repository, made, drop_disks=drops, mixed=mixed)
+            lambda: supervisor.preparation.go_on_from(
+                supervisor.repository, made, supervisor.tell, drop_disks=drops, mixed=mixed
+            )
         )
     except BaseException:
         try:

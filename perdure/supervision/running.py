@@ -168,7 +168,8 @@ def _to_restore(
                 f"(to go back in time, use perdure rollback)"
             )
         return None
-    if options.discard:
+    latest = repository.latest(name)
+    if options.discard or (latest is not None and local.disks.superseded(latest)):
         leftovers.drop(local)
     else:
         saved = leftovers.salvage(local, repository, progress)

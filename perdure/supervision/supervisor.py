@@ -240,7 +240,8 @@ class Supervisor:
             )
             raise IntegrityError(error.object, problem, offset=error.offset, chunk=error.chunk) from error
         try:
-            head = await self.in_store(lambda: self.preparation.go_on_from(self.repository, prepared))
+            go_on_from = self.preparation.go_on_from
+            head = await self.in_store(lambda: go_on_from(self.repository, prepared, self.say))
         except BaseException:
             await self.discard(prepared)
             raise

@@ -112,6 +112,7 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
     policy = "pause_ms_max = 1\nrounds_max = 2"  # which no capture fits: each stops the guest three times
     with contextlib.closing(Supervised(guest_image, settings=TWO_DISKS, policy=policy)) as vm, reported(vm):
         described(vm)
+        vm.momentous()
         boot(vm)
         vm.guest.run(ORDINARY + ON_DISK)
         writes_on(vm)
@@ -128,6 +129,24 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
         assert "unless they are not mounted" in vm.refused("rollback", point, "--disk", "one")
         assert "demo@1 has no disk three" in vm.refused("rollback", point, "--disk", "three", "--force")
         assert vm.log() == history and not (vm.folder / "perdure-overlays").exists()
+        writes_on(vm)
+        steps = disk_walked(vm)
+        vm.killed_at("quit", "rollback", point)  # when there is a head already, and the old QEMU
+        boot(vm)
+        assert "does not go on from demo@3 after all" in vm.run.text
+        assert disk_walked(vm) >= steps
+        assert [each["cause"] for each in vm.log()[1:]] == ["before rollback"]
+        assert {each["state"] for each in disks(vm).values()} == {"as described"}
+        assert not needs(vm) and not list((vm.folder / "perdure-overlays").iterdir())
+        assert not list(vm.runtime.glob("then-*.sock"))
+        writes_on(vm)
+        vm.at("quit", "kill -KILL $QEMU $PPID")  # the same without the old QEMU
+        assert "supervisor" in vm.refused("rollback", point)
+        assert vm.run.ended() == -signal.SIGKILL
+        boot_or_resume(vm)
+        assert vm.guest.boot_id == booted
+        assert disk_walked(vm) < steps
+        assert [each["cause"] for each in vm.log()[2:]] == ["before rollback", "rollback"]
         writes_on(vm)
         done = vm.perdure("rollback", point)
         before = {name: hashed(vm.folder / name) for name in ("one", "two")}
@@ -157,7 +176,7 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
                 subprocess.check_output(["qemu-img", "info", "-U", "--output=json", each["path"]])
             ), name
         writes_on(vm)
-        made = vm.log()[-1]["generation"]
+        made = len(vm.log())
         vm.tell_hook("fail")
         assert "hook before_boot" in vm.refused("rollback", point)  # when there is a head already, and no guest
         assert vm.run.ended() == 1
@@ -204,7 +223,7 @@ def test_a_vm_goes_back_with_its_disks(guest_image: Image) -> None:
         graph = vm.lines("log", NAME, "--graph")
         assert any(line.startswith("|-'") for line in graph) and graph[-1].split()[:2] == ["*", f"{NAME}@1"]
         parents = {each["generation"]: each["parent_name"] for each in vm.log()}
-        assert (parents[1], parents[2], parents[3]) == (None, f"{NAME}@1", f"{NAME}@1")
+        assert [parents.get(number) for number in range(1, 6)] == [None, point, None, f"{NAME}@2", point]
         vm.perdure("stop", NAME)
         assert vm.run.ended() == 0
         vm.perdure("forget", point)

@@ -42,7 +42,8 @@ class FakeSupervisor:
     def __init__(self, machine):
         self.machine, self.state, self.repository, self.preparation = machine, "running", None, self
         self.said = []
-        self.say, self.vm = self.said.append, "demo"
+        self.say = self.tell = self.said.append
+        self.vm = "demo"
 
     async def discard(self, prepared):
         await Supervisor.discard(self, SimpleNamespace(discard=prepared.fail))
