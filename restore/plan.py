@@ -34,7 +34,9 @@ _KEPT_NODES, _KEPT_FRAMES = 8192, 2
 _TOGETHER = 8
 """Pages that are placed in one step where somebody may come to wait: 5 us each."""
 _AHEAD = 16
-"""Frames, some 0.5 MiB of a pack, that the kernel reads together where somebody waited for one of them."""
+_BEFORE, _AFTER = 1, 2
+"""Frames that the kernel reads together, some 0.5 MiB of a pack, where somebody waited for two of them; and around the
+first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -107,7 +109,7 @@ class RegionPlan:
         """Windows of which nothing is left to place: what of them is not claimed is zero."""
         self._nodes, self._stored, self._frames = _KeptNodes(nodes, locator), nodes, frames
         self._locator = locator
-        self._expected: set[tuple[int, int]] = set()
+        self._waited: dict[tuple[int, int], int] = {}
         self._opened: OrderedDict[tuple[int, int], Frame] = OrderedDict()
 
     @property
@@ -210,11 +212,14 @@ class RegionPlan:
                 self._expect(pack)
 
     def read_ahead(self, frame: Frame) -> None:
-        """Have the kernel read what stands around a frame in its pack, once: neighbours of a page that somebody waited
-        for are likely to be next, and a frame that is read from the disk takes twice as long."""
+        """Have the kernel read what stands around a frame in its pack: neighbours of a page that somebody waited for
+        are likely to be next, and a frame that is read from the disk takes twice as long. Of a page that stands alone
+        it is little, since whoever waits next waits for that as well."""
         some = frame.pack, frame.number // _AHEAD
-        if some not in self._expected:
-            self._expected.add(some)
+        times = self._waited[some] = self._waited.get(some, 0) + 1
+        if times == 1:
+            self._expect(frame.pack, max(0, frame.number - _BEFORE), frame.number + 1 + _AFTER)
+        elif times == 2:
             self._expect(frame.pack, some[1] * _AHEAD, (some[1] + 1) * _AHEAD)
 
     def _expect(self, pack: int, first: int = 0, last: int | None = None) -> None:
