@@ -20,18 +20,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from base.errors import IntegrityError
+from base.errors import PerdureError, StorageError
 from base.extents import Extents
 from base.progress import Progress, silent
 from capture.disks import DiskRead, Disks, recorded, store_disks
 from capture.journal import Journal
 from capture.making import Making
 from capture.pause import Execution, Limits, PauseModel, Stopped, pause
-from capture.sources import CapturedRegion, Source
+from capture.sources import CapturedRegion, Source, content_of
 from store.records import Generation
 from store.repository import Repository
 from store.writer import GenerationWriter
@@ -78,7 +78,8 @@ def capture(
     used, if it still serves, and closed in any case.
 
     Raises StorageError, IntegrityError, WorkerError, VirtualMachineError, ConflictError (the limits cannot be kept):
-    nothing was committed, the guest runs on.
+    the guest runs on, and a next capture begins from the same bases. Nothing was committed, unless closing what it was
+    made with failed.
     """
     began = time.monotonic()
     bases = {each.name: each.base for each in regions if each.base is not None}
@@ -123,21 +124,23 @@ def capture(
         generation = writer.commit(
             cause, tags=tags, metadata=facts, pause_ms=None if stopped is None else stopped.pause_ms
         )
-        for region in regions:
-            region.tracker.committed()
-        journal.committed(generation.id, [region.name for region in regions])
+        with suppress(StorageError):  # true all the same: it costs the next supervisor a scan
+            journal.committed(generation.id, [region.name for region in regions])
         seconds = time.monotonic() - began
         # Inside the writer's lease: all that both stand on is there, also if somebody forgets them now.
         changed = _changed(repository, parent, generation)
+    # Last of all: whoever gets an error from here goes on from the old bases, which trackers must not have left.
+    for region in regions:
+        region.tracker.committed()
     return Captured(generation, changed, seconds, tuple(writer.forgotten), read, stopped)
 
 
 def _changed(repository: Repository, parent: Generation | None, generation: Generation) -> dict[str, Extents]:
-    """Where they differ; everything, where the parent has lost what would say so."""
+    """Where they differ; everything, where what would say so is lost, or cannot be read just now."""
     try:
         return repository.changed(parent, generation, leased=True)
-    except IntegrityError:
-        return repository.changed(None, generation, leased=True)
+    except PerdureError:
+        return {name: content_of(generation, name) for name in generation.regions}
 
 
 def _store_held(sources: Sequence[Source], writer: GenerationWriter, disks: Disks | None, progress: Progress) -> None:

@@ -9,7 +9,7 @@ import asyncio
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from base.errors import ConflictError, PerdureError, one_line
+from base.errors import ConflictError, PerdureError, StorageError, one_line
 from base.progress import Progress
 from capture.disks import reads_of
 from capture.generation import Captured, capture
@@ -142,7 +142,10 @@ class Capturing:
         async with filling.paused(while_=disks is not None) if filling is not None else nullcontext():
             try:
                 done = await supervisor.in_store(work)
-                machine.committed(done)
+                try:
+                    machine.committed(done)
+                except StorageError as error:  # what was captured is good: only a next supervisor will not know of it
+                    supervisor.say(f"{supervisor.vm}: after the capture: {one_line(error)}")
             finally:
                 if disks is not None:
                     await settle_bitmaps(machine)

@@ -264,7 +264,10 @@ class Machine:
         return {"devices": devices, "addresses": spans, "description": encode(self.described)}
 
     def committed(self, done: Captured) -> None:
-        """A generation was made of this VM: it is what the next one follows."""
+        """A generation was made of this VM: it is what the next one follows.
+
+        Raises StorageError if that could not be written down: true all the same.
+        """
         self.parent = done.generation
         for name in done.generation.regions:
             if name in self.tracking.trackers:
