@@ -34,8 +34,8 @@ SIZE = 16 << 20
 ADDRESS = 1 << 32
 AREA = ADDRESS + INFO_BLOCK, 1 << 20
 """A range that tests tag: address and size."""
-INSIDE = INFO_BLOCK // PAGE + 88
-"""A page of it."""
+INSIDE, OUTSIDE = INFO_BLOCK // PAGE + 88, SIZE // PAGE - 88
+"""A page of it, and one that is never tagged."""
 
 PLATFORM = Platform(Path("qemu"), "7.2", "pc-q35-7.2", "tcg", "max", Firmware("seabios"), None, "uuid")
 

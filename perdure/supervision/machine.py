@@ -19,7 +19,7 @@ from base.units import PAGE, format_size
 from capture.generation import Captured
 from capture.journal import Journal
 from capture.pause import PauseModel
-from capture.sources import CapturedRegion
+from capture.sources import CapturedRegion, content_of
 from capture.tracking import Tracking
 from capture.writeback import Plan
 from perdure.supervision.resuming import recorded
@@ -39,7 +39,7 @@ from vm.networks import changed
 from vm.protocol import Committed
 from vm.qemu import Qemu, journal_end, trim_journal, trim_log
 from vm.recorded import encode
-from vm.regions import RegionTable
+from vm.regions import Regions, RegionTable
 
 _QUIT_SECONDS = 10
 _ASIDE_SECONDS = 1
@@ -174,16 +174,18 @@ class Machine:
     def scrub(self) -> int:
         """Blocking: make zero, and verify, everything that a reboot does not keep; bytes that held something.
 
-        The holes that this makes are not seen by trackers: of what is scrubbed, only full generations have anything.
+        The holes that this makes are not seen by trackers: a region whose base has something of what is scrubbed, which
+        a full one has, and any from before a range was untagged, has no baseline any more.
         """
-        unseen = [name for name in self.tracking.trackers if name == RAM or self._base_is_full(name)]
+        regions = self.table.regions
+        unseen = [name for name in self.tracking.trackers if name == RAM or self._base_has_scrubbable(name, regions)]
         if unseen:
             self.journal.begin_collect(unseen)
         for name in unseen:
             self.tracking.trackers[name].forget()
         total = 0
         for name, file in self.memory.files.items():
-            what = ranges.normalise([(0, file.size)]) if name == RAM else self.table.scrubbable(name)
+            what = ranges.normalise([(0, file.size)]) if name == RAM else regions.scrubbable(name)
             descriptor = file.open()
             try:
                 total += scrub(descriptor, str(file.path), what)
@@ -195,8 +197,9 @@ class Machine:
         """What was done to memory that is not kept, by the bytes that `scrub` gave."""
         return f"{format_size(scrubbed)} scrubbed, verified"
 
-    def _base_is_full(self, region: str) -> bool:
-        return region in self.bases and self.bases[region].full
+    def _base_has_scrubbable(self, name: str, regions: Regions) -> bool:
+        base = self.bases.get(name)
+        return base is not None and len(ranges.intersect(content_of(base, name), regions.scrubbable(name))) > 0
 
     def places(self) -> dict[str, tuple[Place, int]]:
         """Where the bytes of main memory and each region are, and how many."""

@@ -2,12 +2,19 @@
 memory has."""
 
 import pytest
-from machine_fixtures import AREA, INSIDE, supervised
+from machine_fixtures import AREA, INSIDE, OUTSIDE, supervised
 
 from base.disk import Disk
 from base.errors import IntegrityError, StorageError
+from base.units import PAGE
 from store.repository import Repository
 from store.writer import GenerationWriter
+
+
+@pytest.fixture
+def guest():
+    with supervised() as made:
+        yield made
 
 
 class Full(Disk):
@@ -85,3 +92,26 @@ def test_an_error_after_the_commit_moves_no_baseline(monkeypatch):
         guest.write(INSIDE + 1, 3)
         third = guest.capture()
         assert [guest.captured_page(third, page) for page in (INSIDE, INSIDE + 1)] == [2, 3]
+
+
+def test_what_is_scrubbed_stays_so_when_it_is_tagged_again(guest):
+    """Untagged since the last generation, scrubbed at a reboot before which nothing was captured, and tagged again."""
+    guest.table.mark(*AREA)
+    guest.write(INSIDE, 1)
+    guest.capture()
+    guest.table.unmark(*AREA)
+    assert guest.machine.scrub() == PAGE
+    guest.table.mark(*AREA)
+    guest.write(INSIDE + 1, 2)
+    after = guest.capture()
+    assert [guest.captured_page(after, page) for page in (INSIDE, INSIDE + 1)] == [0, 2]
+
+
+def test_a_scrub_of_what_no_generation_has_costs_no_scan(guest):
+    guest.table.mark(*AREA)
+    guest.write(INSIDE, 1)
+    guest.write(OUTSIDE, 1)
+    guest.capture()
+    assert guest.machine.scrub() == PAGE
+    if guest.machine.tracking.choice.kind == "userfaultfd":  # as it is where the kernel has PAGEMAP_SCAN
+        assert guest.machine.tracking.trackers["pm0"].peek().extents is not None
