@@ -383,7 +383,7 @@ def _(data: bytes) -> None:
 
 def _tags() -> list[bytes]:
     _table()
-    return [msgspec.json.encode(RegionTable.load(world().root / "regions.json", "vm").to_tags())]
+    return [msgspec.json.encode(RegionTable.load(world().root / "regions.json", "vm").regions.to_tags())]
 
 
 @decoder("tags of a generation", _tags, (PerdureError,))

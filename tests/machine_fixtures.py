@@ -32,6 +32,7 @@ from vm.regions import INFO_BLOCK, Device, RegionTable
 
 SIZE = 16 << 20
 ADDRESS = 1 << 32
+DEVICES = [Device("pm0", ADDRESS, SIZE)]
 AREA = ADDRESS + INFO_BLOCK, 1 << 20
 """A range that tests tag: address and size."""
 INSIDE, OUTSIDE = INFO_BLOCK // PAGE + 88, SIZE // PAGE - 88
@@ -70,7 +71,7 @@ class Supervised:
         self._answered("ready\n")
         identity, kernel = Identity.of(self.process.pid), Kernel.probe()
         self.journal = Journal(folder / "journal.json", identity, disk)
-        self.table = RegionTable.create(folder / "regions.json", "vm", [Device("pm0", ADDRESS, SIZE)], disk=disk)
+        self.table = RegionTable.create(folder / "regions.json", "vm", DEVICES, disk=disk)
         tracking = start_tracking("vm", identity, {"pm0": self.path}, Facts(kernel), self.journal, running=True)
         assert tracking.choice.kind == "userfaultfd" or not kernel.pagemap_scan, tracking.choice.reason
         description = Description(name="vm", memory=Size(0), regions=(Region("pm0", Size(SIZE)),))

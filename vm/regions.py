@@ -380,17 +380,9 @@ class RegionTable:
         """Devices and tags, by guest-physical address."""
         return self._regions.entries()
 
-    def kept(self, device: str) -> Extents:
-        """`Regions.kept` of this moment."""
-        return self._regions.kept(device)
-
     def scrubbable(self, device: str) -> Extents:
         """`Regions.scrubbable` of this moment."""
         return self._regions.scrubbable(device)
-
-    def to_tags(self) -> list[dict[str, Any]]:
-        """`Regions.to_tags` of this moment."""
-        return self._regions.to_tags()
 
     def changed(self, dirty: dict[str, Extents], generation: int) -> None:
         """Note what a generation found changed, by device; durable on return. Raises StorageError."""

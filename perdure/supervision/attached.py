@@ -132,7 +132,8 @@ class AttachedSupervisor(Supervisor):
 
     def _salvage(self, machine: Machine) -> Captured | None:
         """Blocking."""
-        regions = [replace(each, tracker=ScanTracker(), base=None) for each in machine.captured_regions()]
+        table = machine.table.regions
+        regions = [replace(each, tracker=ScanTracker(), base=None) for each in machine.captured_regions(table)]
         if not regions or not all(_outlives(each.place) for each in regions):
             return None
         return capture(
@@ -143,7 +144,7 @@ class AttachedSupervisor(Supervisor):
             None,
             cause="crash",
             parent=machine.parent,
-            metadata=machine.metadata(),
+            metadata=machine.metadata(table),
             progress=self.progress,
         )
 

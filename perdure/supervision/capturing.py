@@ -113,11 +113,12 @@ class Capturing:
         """A generation of a machine, which stands still already if `execution` is None. Raises what capture raises."""
         supervisor = self._supervisor
         await lazily.whole(machine, supervisor.say)
+        table = machine.table.regions  # of one moment: the guest may change it meanwhile
         regions = await supervisor.in_store(
-            lambda: machine.captured_regions(full=full, memory=more.get("memory", False))
+            lambda: machine.captured_regions(table, full=full, memory=more.get("memory", False))
         )
         disks = await DiskInstant.plan(machine, full=full)
-        facts = {**machine.metadata(full=full), **more.get("metadata", {})}
+        facts = {**machine.metadata(table, full=full), **more.get("metadata", {})}
 
         def work() -> Captured:
             return capture(

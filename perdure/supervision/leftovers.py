@@ -36,7 +36,7 @@ def drop(local: Local) -> None:
 def _capture(local: Local, repository: Repository, folder: Path, progress: Progress) -> Captured:
     """What a dead QEMU left: nobody writes it any more, and what was dirty is not known."""
     memory = local.existing_memory(folder)
-    table = RegionTable.load(local.table(folder), local.name)
+    table = RegionTable.load(local.table(folder), local.name).regions
     regions = [
         CapturedRegion(
             region.name,

@@ -205,13 +205,12 @@ class Machine:
         """Where the bytes of main memory and each region are, and how many."""
         return {name: (file.path, file.size) for name, file in self.memory.files.items()}
 
-    def captured_regions(self, *, full: bool = False, memory: bool = False) -> list[CapturedRegion]:
-        """The regions as they are to be captured now. Raises StorageError, VirtualMachineError.
+    def captured_regions(self, regions: Regions, *, full: bool = False, memory: bool = False) -> list[CapturedRegion]:
+        """The regions as they are to be captured with that table. Raises StorageError, VirtualMachineError.
 
         `memory`: main memory is among them, also where they are not for a full generation. Its tracker is made for the
         first one: VMs that have none pay nothing for it.
         """
-        regions = self.table.regions
         found = []
         for name, (place, size) in self.places().items():
             if name == RAM and not (full or memory):
@@ -239,7 +238,7 @@ class Machine:
         for name in disks.captured(self.description, full=full):
             if name in self.disk_bases:  # the capture's writer has them, too
                 bases[f"{DISK_PREFIX}{name}"] = self.disk_bases[name]
-        return Plan(self.captured_regions(full=full), self.parent, bases, full)
+        return Plan(self.captured_regions(self.table.regions, full=full), self.parent, bases, full)
 
     async def require_full(self) -> None:
         """Raises ConflictError if there can be no full generation of this VM now."""
@@ -250,10 +249,10 @@ class Machine:
                 f"VM {self.description.name} cannot be captured in full: {'; '.join(self.full_problems)}"
             )
 
-    def metadata(self, *, full: bool = False) -> dict[str, Any]:
-        """What a generation records of the VM."""
+    def metadata(self, regions: Regions, *, full: bool = False) -> dict[str, Any]:
+        """What a generation records of the VM: the tags are those of the table by which it was captured."""
         return {
-            "tags": self.table.to_tags(),
+            "tags": regions.to_tags(),
             "machine": recorded(self.description, self.platform),
             "measurements": self.measurements,
             "tracker": self.tracking.choice.kind,

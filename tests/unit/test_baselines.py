@@ -2,13 +2,14 @@
 memory has."""
 
 import pytest
-from machine_fixtures import AREA, INSIDE, OUTSIDE, supervised
+from machine_fixtures import AREA, DEVICES, INSIDE, OUTSIDE, supervised
 
 from base.disk import Disk
 from base.errors import IntegrityError, StorageError
 from base.units import PAGE
 from store.repository import Repository
 from store.writer import GenerationWriter
+from vm.regions import RegionTable
 
 
 @pytest.fixture
@@ -115,3 +116,26 @@ def test_a_scrub_of_what_no_generation_has_costs_no_scan(guest):
     assert guest.machine.scrub() == PAGE
     if guest.machine.tracking.choice.kind == "userfaultfd":  # as it is where the kernel has PAGEMAP_SCAN
         assert guest.machine.tracking.trackers["pm0"].peek().extents is not None
+
+
+def mark(guest):
+    guest.table.mark(*AREA)
+
+
+def unmark(guest):
+    guest.table.unmark(*AREA)
+
+
+@pytest.mark.parametrize(("before", "meanwhile"), [((), mark), ((mark,), unmark)])
+def test_tags_that_change_while_a_capture_begins_are_those_of_what_it_keeps(guest, before, meanwhile):
+    for each in before:
+        each(guest)
+    guest.write(INSIDE, 1)
+    guest.served.append(lambda: meanwhile(guest))
+    made = guest.capture()
+    assert not guest.served
+    table = RegionTable.from_tags(guest.path.with_name("restored"), "vm", DEVICES, made.metadata["tags"])
+    assert table.regions.kept("pm0").tolist() == made.metadata["kept"]["pm0"]
+    assert guest.captured_page(made, INSIDE) == (1 if table.regions.tags else 0)
+    after = guest.capture()
+    assert guest.captured_page(after, INSIDE) == (1 if guest.table.regions.tags else 0)

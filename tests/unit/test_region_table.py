@@ -134,20 +134,20 @@ def test_no_more_tags_than_the_limit(tmp_path):
 
 
 def test_what_is_kept(table):
-    assert table.kept("pm0").tolist() == [[0, INFO_BLOCK]]
+    assert table.regions.kept("pm0").tolist() == [[0, INFO_BLOCK]]
     table.mark(DATA + PAGE, PAGE)
     table.mark(DATA + 2 * PAGE, PAGE)
     table.mark(DATA + 8 * PAGE, PAGE)
-    assert table.kept("pm0").tolist() == [[0, INFO_BLOCK], [INFO_BLOCK + PAGE, INFO_BLOCK + 3 * PAGE]]
+    assert table.regions.kept("pm0").tolist() == [[0, INFO_BLOCK], [INFO_BLOCK + PAGE, INFO_BLOCK + 3 * PAGE]]
     assert table.scrubbable("pm0").tolist() == [
         [INFO_BLOCK, INFO_BLOCK + PAGE],
         [INFO_BLOCK + 3 * PAGE, INFO_BLOCK + 8 * PAGE],
     ]
     for device in DEVICES[1:]:
-        assert table.kept(device.name).tolist() == [[0, device.size]]
+        assert table.regions.kept(device.name).tolist() == [[0, device.size]]
         assert table.scrubbable(device.name).tolist() == []
     with pytest.raises(NotFoundError, match="VM demo has no region pm9"):
-        table.kept("pm9")
+        table.regions.kept("pm9")
 
 
 def test_a_device_that_is_all_info_block():
@@ -173,12 +173,12 @@ def test_what_a_capture_found_changed(table):
 
 def test_tags_move_with_their_device_into_another_launch(table, tmp_path):
     table.mark(DATA + PAGE, 2 * PAGE, "heap", "pid 3 app")
-    plain = msgspec.json.decode(msgspec.json.encode(table.to_tags()))
+    plain = msgspec.json.decode(msgspec.json.encode(table.regions.to_tags()))
     moved = [msgspec.structs.replace(each, address=each.address + (1 << 40)) for each in DEVICES]
     restored = RegionTable.from_tags(tmp_path / "new", "demo", moved, plain)
     [entry] = [each for each in restored.query() if each.class_ == "persistent"]
     assert (entry.address, entry.size, entry.name) == (DATA + PAGE + (1 << 40), 2 * PAGE, "heap")
-    assert restored.kept("pm0").tolist() == table.kept("pm0").tolist()
+    assert restored.regions.kept("pm0").tolist() == table.regions.kept("pm0").tolist()
     assert RegionTable.load(tmp_path / "new", "demo").regions == restored.regions
 
 
@@ -204,7 +204,7 @@ def test_devices_that_do_not_fit_are_a_conflict(table, devices, message):
     with pytest.raises(ConflictError, match=message):
         RegionTable.load(table.file, "demo", devices)
     with pytest.raises(ConflictError, match=message):
-        RegionTable.from_tags(table.file.with_name("new"), "demo", devices, table.to_tags())
+        RegionTable.from_tags(table.file.with_name("new"), "demo", devices, table.regions.to_tags())
     assert not table.file.with_name("new").exists()
 
 
@@ -357,7 +357,7 @@ class AgainstPages(RuleBasedStateMachine):
 
     @rule()
     def generation_is_restored(self) -> None:
-        self.table = RegionTable.from_tags(self.folder / "t", "demo", DEVICES, self.table.to_tags())
+        self.table = RegionTable.from_tags(self.folder / "t", "demo", DEVICES, self.table.regions.to_tags())
 
     def expect(self, kind, call) -> None:
         if kind is None:
@@ -377,7 +377,7 @@ class AgainstPages(RuleBasedStateMachine):
     @invariant()
     def kept_is_the_model(self) -> None:
         for device in DEVICES:
-            kept = self.table.kept(device.name)
+            kept = self.table.regions.kept(device.name)
             pages = {page - device.address for page in self.pages if page in self.data(device)}
             wanted = [(0, INFO_BLOCK), *((page, page + PAGE) for page in pages)]
             if device.mode != "devdax":
