@@ -92,7 +92,7 @@ def capture(
         writer, parent, bases = making.writer, making.parent, making.bases
         sources = making.open(regions, full=full)
         journal.begin_collect(region.name for region in regions)
-        facts = {**(metadata or {}), "kept": _kept(regions)}
+        facts = dict(metadata or {})
         read: dict[str, DiskRead] = {}
         with ExitStack() as frozen:
             if disks is not None:
@@ -121,6 +121,7 @@ def capture(
             if disks is not None:
                 read = store_disks(writer, disks, bases, progress)
                 facts |= recorded(disks.captured, read)
+        facts["kept"] = _kept([source.region for source in sources])
         generation = writer.commit(
             cause, tags=tags, metadata=facts, pause_ms=None if stopped is None else stopped.pause_ms
         )

@@ -16,8 +16,10 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from base import extents as ranges
 from base.errors import ConflictError, VirtualMachineError
@@ -59,6 +61,9 @@ class Execution(Protocol):
 
     def device_state(self) -> int:
         """The stopped guest's, in a memory file without a name that the caller closes."""
+
+    def kept_now(self) -> Mapping[str, Extents]:
+        """Of the stopped guest: by region, what survives a reboot. `facts` has the tags that say so."""
 
     def cont(self) -> None: ...
 
@@ -249,6 +254,7 @@ def pause(
                     done.devices = devices
                     if disks is not None:
                         disks.freeze()
+                    _keep(sources, writer, execution.kept_now(), full=full)
                     copying = time.monotonic()
                     copied = _take_copies(sources, writer, copy)
                     copy_ms = (time.monotonic() - copying) * 1e3
@@ -285,6 +291,14 @@ def _collect(sources: Sequence[Source]) -> int:
     for source in sources:
         source.collect(running=False)
     return sum(source.resident_bytes for source in sources)
+
+
+def _keep(sources: Sequence[Source], writer: GenerationWriter, kept: Mapping[str, Extents], *, full: bool) -> None:
+    """What the guest has tagged or untagged since the capture began: it knows, and its memory may say so elsewhere."""
+    for source in sources:
+        region, now = source.region, kept.get(source.region.name)
+        if now is not None and not np.array_equal(now, region.kept):
+            source.go_on(writer, replace(region, kept=now), full=full)
 
 
 def _take_copies(sources: Sequence[Source], writer: GenerationWriter, copy: _Copy) -> int:

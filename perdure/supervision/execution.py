@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from base.errors import VirtualMachineError
+from base.extents import Extents
 from capture.disks import CapturedDisk, token_of
 from perdure.supervision.machine import Machine
 from perdure.supervision.quiescing import Instant
@@ -19,6 +20,7 @@ from store.records import Generation
 from vm import bitmaps, disks, migration
 from vm.bitmaps import Followed
 from vm.nbd import Export
+from vm.regions import Regions
 
 T = TypeVar("T")
 """Result of a coroutine."""
@@ -42,6 +44,7 @@ class Execution:
         self._machine, self._loop, self._leave_stopped = machine, loop, leave_stopped
         self._quiesced = quiesced
         self._left_stopped = False
+        self._table: Regions | None = None
 
     def runs(self) -> bool:
         """See capture.pause.Execution, for this and the others."""
@@ -76,6 +79,10 @@ class Execution:
     def device_state(self) -> int:
         return _wait(self._loop, self._machine.device_state())
 
+    def kept_now(self) -> Mapping[str, Extents]:
+        self._table = table = self._machine.table.regions
+        return {device.name: table.kept(device.name) for device in table.devices}
+
     def cont(self) -> None:
         self._left_stopped = self._leave_stopped
         if not self._leave_stopped:
@@ -84,7 +91,8 @@ class Execution:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {} if self._quiesced is None else self._quiesced.facts
+        tags = {} if self._table is None else {"tags": self._table.to_tags()}
+        return tags if self._quiesced is None else {**tags, **self._quiesced.facts}
 
     def take_back(self) -> None:
         with suppress(VirtualMachineError):  # a next supervisor will; what was captured is good

@@ -15,6 +15,7 @@ import random
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from vm import disks, hold, migration
 from vm.config import Disk
 from vm.identity import Identity
 from vm.monitor import COMMAND_SECONDS, Monitor
+from vm.regions import Regions
 
 pytestmark = pytest.mark.qemu
 
@@ -97,6 +99,7 @@ class Rig:
             extra=("-qmp", f"unix:{place.root}/{SOCKET},server=on,wait=off"),
         )
         self.disk_bases: dict[str, Any] = {}
+        self.table = SimpleNamespace(regions=Regions.of("demo", []))
         self.launch()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -7,6 +7,7 @@ from machine_fixtures import AREA, DEVICES, INSIDE, OUTSIDE, supervised
 from base.disk import Disk
 from base.errors import IntegrityError, StorageError
 from base.units import PAGE
+from perdure.supervision.execution import Execution
 from store.repository import Repository
 from store.writer import GenerationWriter
 from vm.regions import RegionTable
@@ -139,3 +140,13 @@ def test_tags_that_change_while_a_capture_begins_are_those_of_what_it_keeps(gues
     assert guest.captured_page(made, INSIDE) == (1 if table.regions.tags else 0)
     after = guest.capture()
     assert guest.captured_page(after, INSIDE) == (1 if guest.table.regions.tags else 0)
+
+
+def test_the_tags_of_an_instant_are_those_of_what_it_keeps(guest):
+    instant = Execution(guest.machine, None)
+    mark(guest)
+    kept = instant.kept_now()["pm0"]
+    unmark(guest)
+    made = RegionTable.from_tags(guest.path.with_name("restored"), "vm", DEVICES, instant.facts["tags"])
+    assert kept.tolist() == made.regions.kept("pm0").tolist()
+    assert len(made.regions.tags) == 1

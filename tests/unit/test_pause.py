@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from capture_fixtures import WritingGuest
+from capture_fixtures import PAGES, WritingGuest
 from store_fixtures import Place, place
 
+from base import extents as ranges
 from base.errors import ConflictError
 from base.units import PAGE
 from capture.pause import Limits, PauseModel
@@ -54,6 +55,26 @@ def test_under_direct_io_a_round_begins_with_a_stop(where, tmp_path):
         guest.capture(repository, Limits())
         guest.capture(repository, Limits())
         assert guest.stops == 4  # little is dirty: one is enough
+
+
+class Tagging(WritingGuest):
+    """Has other memory tagged at each stop than when the capture was planned."""
+
+    def stop(self) -> None:
+        start = self.random.randrange(PAGES // 2)
+        self.kept = ranges.normalise([(0, 8 * PAGE), (start * PAGE, (start + PAGES // 3) * PAGE)])
+        super().stop()
+
+
+@pytest.mark.parametrize("kind", ["userfaultfd", "scan"])
+def test_what_is_tagged_while_a_capture_runs_is_in_it_and_what_is_untagged_is_not(where, tmp_path, kind):
+    """The guest knows at the instant, and what it writes elsewhere may stand on it."""
+    guest = Tagging(tmp_path, [200], kind)
+    guest.write()
+    with where.open() as repository:
+        for _ in range(4):
+            done = guest.capture(repository)
+            assert done.generation.metadata["kept"] == {"pm0": guest.kept.tolist()}
 
 
 def test_a_scan_hashes_nothing_while_the_guest_stands_still(where, tmp_path, monkeypatch):
