@@ -50,6 +50,7 @@ class BorrowedMachine(Machine):
 
     async def stop(self) -> None:
         """Pause the guest, if it runs: what somebody else has stopped stays so."""
+        self._runs = False  # as far as is known, should there be no answer
         self._runs = await self.monitor.query_status() == "running"
         if self._runs:
             leaving.note_stopped(self.qemu.folder, leaving.CAPTURE)

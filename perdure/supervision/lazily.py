@@ -240,15 +240,19 @@ async def retire(machine: Machine) -> None:
     if lazy is None:
         return
     runs = await machine.monitor.query_status() == "running"
-    if runs:
-        await machine.stop()
     try:
+        if runs:
+            await machine.stop()
         await asyncio.to_thread(_let_go, machine, lazy)
         machine.lazy = None
         lazy.finish()
-    finally:
-        if runs:
-            await machine.go_on()
+    except BaseException:
+        if runs:  # also where QEMU has not answered: it is told now, and stops and goes on when it moves again
+            with suppress(VirtualMachineError):  # the first error says what is wrong
+                await machine.go_on()
+        raise
+    if runs:
+        await machine.go_on()
 
 
 def _let_go(machine: Machine, lazy: LazyRestore) -> None:

@@ -120,8 +120,6 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
         try:
             if machine.monitor.stopped:
                 await supervisor.go_on(machine)
-        except PerdureError:  # QEMU does not answer just now: the guest goes on when it does
-            machine.go_on_without_session()
         finally:
             if prepared is not None:
                 await supervisor.discard(prepared)

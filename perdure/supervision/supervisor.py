@@ -158,8 +158,8 @@ class Supervisor:
             machine = self.machine
             number = None
             if keep:
-                await machine.stop()
                 try:
+                    await machine.stop()
                     number = (await self.capturing.of(machine, "stop", None)).generation.number
                 except BaseException:
                     await self.go_on(machine)
@@ -386,9 +386,13 @@ class Supervisor:
         return generation
 
     async def go_on(self, machine: Machine) -> None:
-        """After something failed: as it was, running or held."""
+        """After something failed: as it was, running or held. Raises nothing; where QEMU does not answer just now, it
+        has been told, and the guest goes on when it moves again."""
         if self.state == "running":
-            await machine.cont()
+            try:
+                await machine.cont()
+            except PerdureError:
+                machine.go_on_without_session()
 
     async def quit_machine(self, machine: Machine) -> None:
         await self.end_machine(machine)

@@ -7,9 +7,11 @@ PERDURE_FAULTS=all.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,13 @@ from conftest import Place
 from test_disk_faults import MortalMonitor, Rig
 
 from base.errors import PerdureError, VirtualMachineError
+from capture import pause
 from capture.disks import reads_of
+from perdure.supervision import lazily
+from perdure.supervision.borrowed import BorrowedMachine
+from perdure.supervision.execution import Execution
+from perdure.supervision.machine import Machine
+from perdure.supervision.supervisor import Supervisor
 from vm.monitor import COMMAND_SECONDS, Monitor
 
 pytestmark = pytest.mark.qemu
@@ -59,6 +67,7 @@ class FaultyRig(Rig):
 
     monitor_class = FaultyMonitor
     monitor: FaultyMonitor
+    go_on_without_session = Machine.go_on_without_session
 
     def fail_at(self, command: int, fault: str) -> bool:
         """One supervisor, whose capture meets a fault at a command; whether it came to that."""
@@ -116,3 +125,45 @@ def test_a_qemu_that_fails_a_capture_in_the_middle_goes_on_and_the_next_one_is_r
         rig.write()
         rig.run(rig.right_again)
     assert faults > 20 / STEP
+
+
+async def stop_captured(rig: FaultyRig) -> None:
+    supervisor: Any = object.__new__(Supervisor)
+    supervisor.vm, supervisor.state, supervisor._machine, supervisor.operation = "demo", "running", rig, asyncio.Lock()
+    rig.monitor.until_fault = 0
+    await supervisor.stop(keep=True)
+
+
+async def retire(rig: FaultyRig) -> None:
+    rig.lazy = SimpleNamespace()  # type: ignore[attr-defined]
+    rig.monitor.until_fault = 1
+    await lazily.retire(rig)  # type: ignore[arg-type]
+
+
+async def capture_of_what_somebody_else_has_stopped(rig: FaultyRig) -> None:
+    rig.judge.execute("stop")
+    machine: Any = object.__new__(BorrowedMachine)
+    machine.monitor, machine.qemu, machine.attachment = rig.monitor, rig.qemu, SimpleNamespace(holds=True)
+    machine._runs = True  # it did the last time
+    rig.monitor.until_fault = 0
+    execution = Execution(machine, asyncio.get_running_loop())
+    await asyncio.to_thread(pause._stop, execution)
+
+
+@pytest.mark.parametrize(
+    ("work", "status"),
+    [(stop_captured, "running"), (retire, "running"), (capture_of_what_somebody_else_has_stopped, "paused")],
+)
+def test_a_guest_that_qemu_stops_too_late_is_not_left_stopped(
+    rig: FaultyRig, work: Callable[[FaultyRig], Coroutine[Any, Any, None]], status: str
+) -> None:
+    """By what stops guests, but for a capture in its pause, which the test above has."""
+
+    async def late() -> None:
+        rig.monitor.fault = "hangs"
+        with pytest.raises(VirtualMachineError, match=r"the answer to `(stop|query-status)`"):
+            await work(rig)
+        await rig.monitor.goes_on()
+        assert await rig.monitor.query_status() == status  # asked after all that it had not read yet
+
+    rig.run(late)

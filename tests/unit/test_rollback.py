@@ -66,7 +66,7 @@ class FakeSupervisor:
         raise StorageError("memory", "is busy")
 
     async def go_on(self, machine):
-        await machine.cont()
+        await Supervisor.go_on(self, machine)
 
 
 @pytest.mark.parametrize(
