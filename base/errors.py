@@ -165,6 +165,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def explained(error: BaseException) -> str:
+    """The same of any error: one that is not ours has no words for users, and says of what type it is."""
+    return one_line(error) if isinstance(error, PerdureError) else f"{type(error).__name__}: {one_line(error)}"
+
+
 def _rebuild(family: type[PerdureError], arguments: tuple[object, ...], facts: dict[str, object]) -> PerdureError:
     """An error that came from a worker process, with its facts."""
     error = family.__new__(family)

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from base import extents as ranges
+from base import private
 from base.extents import Extents
 from base.progress import Progress
 from store.records import Generation
@@ -225,10 +226,9 @@ def _replace(
 
 def _replace_window(writer: GenerationWriter, draft: RegionDraft, disk: FrozenDisk, part: Extents) -> int:
     start, end = int(part[0, 0]), int(part[-1, 1])
-    window = os.memfd_create(f"perdure disk {disk.name}", os.MFD_CLOEXEC)
+    window = private.file(f"disk {disk.name}", end)
     with ExitStack() as stack:
         stack.callback(os.close, window)
-        os.ftruncate(window, end)
         there = ranges.intersect(disk.data(start, end), part)
         disk.read_into(window, there)
         writer.replace(draft, window, part)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from base import extents as ranges
+from base import private
 from base.errors import ConflictError, VirtualMachineError
 from base.extents import Extents
 from base.progress import Progress, silent
@@ -33,6 +34,7 @@ from store.writer import GenerationWriter
 _PRIVATE_COPY_MAX = 256 << 20
 """Bytes that are copied in a pause in any case; beyond that a quarter of what the host has free. More is stored while
 the guest stands still, which bounds memory."""
+_COPIES = "copies of dirty pages"
 _DRAIN_ABOVE = 4 << 20
 """Dirty bytes above which a round of storing while the guest runs makes the pause shorter."""
 _LAST_ROUND_SECONDS = 0.2
@@ -136,7 +138,7 @@ class _Copy:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._memory = _memory(size) if size else None
+        self._memory = private.memory(_COPIES, size) if size else None
         self._parts: list[tuple[Source, Extents, mmap.mmap, int]] = []
         self._used = 0
 
@@ -145,7 +147,7 @@ class _Copy:
         total = ranges.total(present)
         memory, at = self._memory, self._used
         if memory is None or at + total > self._size:
-            memory, at = _memory(total), 0
+            memory, at = private.memory(_COPIES, total), 0
         else:
             self._used += total
         self._parts.append((source, present, memory, at))
@@ -157,9 +159,8 @@ class _Copy:
     def store(self, writer: GenerationWriter) -> None:
         """Put the copies into packs, in place of what was pending."""
         for source, present, memory, at in self._parts:
-            descriptor = os.memfd_create(f"perdure {source.region.name}", os.MFD_CLOEXEC)
+            descriptor = private.file(source.region.name, source.region.length)
             try:
-                os.ftruncate(descriptor, source.region.length)
                 with memoryview(memory) as view:
                     for start, end in present.tolist():
                         _write(descriptor, view[at : at + end - start], start)
@@ -331,11 +332,6 @@ def _copy_max() -> int:
     with open("/proc/meminfo", "rb") as file:
         available = next((int(line.split()[1]) for line in file if line.startswith(b"MemAvailable:")), 0)
     return max(_PRIVATE_COPY_MAX, (available << 10) // 4)
-
-
-def _memory(size: int) -> mmap.mmap:
-    """Anonymous, and there at once: a first touch costs more than the copy."""
-    return mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 
 
 def _write(descriptor: int, data: memoryview, at: int) -> None:

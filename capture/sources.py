@@ -5,13 +5,13 @@ Belongs to the thread of the writer.
 
 from __future__ import annotations
 
-import mmap
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from base import extents as ranges
+from base import private
 from base.extents import Extents
 from base.progress import Progress, silent
 from capture.trackers import Tracker
@@ -111,10 +111,10 @@ class Source:
         writer.clear(self.draft, ranges.subtract(extents, present))
         done, total = 0, ranges.total(present)
         for window in ranges.pieces(present, _WINDOW):
-            descriptor = os.memfd_create(f"perdure {self.region.name}", os.MFD_CLOEXEC)
+            name, length = self.region.name, self.region.length
+            descriptor = private.file(name, length)
             try:
-                os.ftruncate(descriptor, self.region.length)
-                with mmap.mmap(descriptor, self.region.length) as copy, memoryview(copy) as view:
+                with private.mapped(name, descriptor, length) as copy, memoryview(copy) as view:
                     for start, end in window.tolist():
                         self.memory.read_into(view[start:end], start)
                 writer.replace(self.draft, descriptor, window, here=here)

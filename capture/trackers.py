@@ -269,11 +269,7 @@ class WriteProtectTracker:
     def _discarded(self, known: Extents) -> Extents:
         if not len(known):
             return EMPTY
-        try:
-            there = self._content.resident(int(known[-1, 1]), int(known[0, 0]))
-        except OSError as error:
-            raise VirtualMachineError(f"{self.name}: cannot look for holes: {error.strerror}") from error
-        return subtract(known, there)
+        return subtract(known, self._content.resident(int(known[-1, 1]), int(known[0, 0])))
 
 
 def _extents(mapping: Mapping) -> Extents:

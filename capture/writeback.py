@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from base import extents as ranges
-from base.errors import PerdureError
 from base.extents import EMPTY, Extents
 from capture.heat import Heat
 from capture.journal import Journal
@@ -76,7 +75,7 @@ class WriteBack:
     def step(self, plan: Plan, journal: Journal) -> float:
         """Do a piece of work; gives the seconds to wait before the next one.
 
-        Raises PerdureError: what was stored ahead is dropped then, and nothing else is lost.
+        Raises PerdureError: what was stored ahead is dropped then, whatever the error, and nothing else is lost.
         """
         regions = [each for each in plan.regions if self._can_be_drained(each, plan)]
         if not regions:
@@ -85,7 +84,7 @@ class WriteBack:
             return self.pace.look_seconds
         try:
             return self._step(plan, regions, journal)
-        except PerdureError:
+        except BaseException:
             self.drop()
             raise
 

@@ -56,7 +56,7 @@ class Content(Protocol):
         """Where QEMU has them. Raises OSError."""
 
     def resident(self, end: int, start: int = 0) -> Extents:
-        """What of [start, end) may be other than zero. Raises OSError."""
+        """What of [start, end) may be other than zero. Raises StorageError, VirtualMachineError."""
 
     def read_into(self, view: memoryview, at: int) -> None:
         """Fill `view` from offset `at` on. Raises StorageError, VirtualMachineError."""
@@ -85,7 +85,10 @@ class FileContent:
         return shared_mappings(pid, self.descriptor)
 
     def resident(self, end: int, start: int = 0) -> Extents:
-        return ranges.resident(self.descriptor, end, start)
+        try:
+            return ranges.resident(self.descriptor, end, start)
+        except OSError as error:
+            raise StorageError.from_os(error, str(self._path), "look for holes") from error
 
     def read_into(self, view: memoryview, at: int) -> None:
         try:
@@ -125,7 +128,11 @@ class ProcessContent:
         step = _ENTRIES * PAGE
         for at in range(start // PAGE * PAGE, end, step):
             pages = -(-(min(at + step, end) - at) // PAGE)
-            raw = os.pread(self._tables, pages * 8, (self._place.start + at) // PAGE * 8)
+            try:
+                raw = os.pread(self._tables, pages * 8, (self._place.start + at) // PAGE * 8)
+            except OSError as error:
+                pid = self._place.pid
+                raise VirtualMachineError(f"QEMU (process {pid}): cannot look for holes: {error.strerror}") from error
             entries = np.frombuffer(raw, np.uint64)
             swapped = ((entries & _SWAPPED) != 0) & ((entries & _TYPE) != _MARKER)
             there = np.flatnonzero(((entries & _PRESENT) != 0) | swapped).astype(np.uint64)

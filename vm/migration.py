@@ -21,6 +21,7 @@ import select
 from collections.abc import Collection
 from typing import Any
 
+from base import private
 from base.errors import VirtualMachineError
 from vm.command_line import VARIABLES_NODE
 from vm.monitor import Monitor
@@ -74,9 +75,9 @@ async def prepare(monitor: Monitor) -> None:
 async def save(monitor: Monitor) -> int:
     """The device state of a stopped guest, in a memory file without a name that the caller closes.
 
-    Raises VirtualMachineError; the guest can go on in any case.
+    Raises VirtualMachineError, StorageError; the guest can go on in any case.
     """
-    memory = os.memfd_create("perdure devices", os.MFD_CLOEXEC)
+    memory = private.file(f"devices of VM {monitor.vm}")
     try:
         await _write_state(monitor, memory)
         size = os.fstat(memory).st_size
@@ -101,11 +102,16 @@ async def _write_state(monitor: Monitor, memory: int) -> None:
 
 
 async def _given(monitor: Monitor, memory: int) -> str:
-    """The address of a memory file for `migrate`: since 8.2 QEMU has one for files, and `fd:` is for streams."""
+    """The address of a memory file for `migrate`: since 8.2 QEMU has one for files, and `fd:` is for streams.
+
+    Raises VirtualMachineError."""
     if monitor.version < _FILES:
         await monitor.give_descriptor(_NAME, memory)
         return _URI
-    writable = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        writable = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise VirtualMachineError(f"VM {monitor.vm}: no file for its device state: {error.strerror}") from error
     try:
         return f"file:/dev/fdset/{await monitor.add_descriptor(_NAME, writable)}"
     finally:

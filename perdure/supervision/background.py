@@ -1,6 +1,7 @@
 """What a supervisor does beside a running VM without being asked: captures by schedule, write-back, keys.
 
-Tasks of the supervisor's event loop. What fails is said, and tried again when it is due again.
+Tasks of the supervisor's event loop. What fails is said, whatever it was, and tried again when it is due again: nobody
+would notice that one of them had ended.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from base.errors import ConflictError, PerdureError, one_line
+from base.errors import ConflictError, explained
 from perdure.supervision.schedule import Due, Timetable
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ async def keep_schedule(vm: str, timetable: Timetable, capture: Capture, say: Ca
         if due is not None:
             try:
                 await capture(due)
-            except PerdureError as error:
-                say(f"{vm} NOT CAPTURED on schedule: {one_line(error)}")
+            except Exception as error:
+                say(f"{vm} NOT CAPTURED on schedule: {explained(error)}")
 
 
 async def keep_drained(vm: str, step: Callable[[], Awaitable[float]], say: Callable[[str], None]) -> None:
@@ -47,9 +48,9 @@ async def keep_drained(vm: str, step: Callable[[], Awaitable[float]], say: Calla
         try:
             wait = await step()
             said = ""
-        except PerdureError as error:
-            if one_line(error) != said:  # a full disk, say, is full the next time, too
-                said = one_line(error)
+        except Exception as error:
+            if explained(error) != said:  # a full disk, say, is full the next time, too
+                said = explained(error)
                 say(f"{vm}: dirty pages are not stored ahead: {said}")
             wait = _AGAIN_SECONDS
         await asyncio.sleep(wait)
@@ -65,9 +66,9 @@ async def keep_keys(supervisor: Supervisor) -> None:
         try:
             await supervisor.in_store(supervisor.repository.renew_keys)
             said = ""
-        except PerdureError as error:
-            if one_line(error) != said:
-                said = one_line(error)
+        except Exception as error:
+            if explained(error) != said:
+                said = explained(error)
                 supervisor.say(f"{supervisor.vm}: what is sealed with new keys cannot be read for it: {said}")
             await asyncio.sleep(_AGAIN_SECONDS)  # a passphrase takes a third of a second to try
 

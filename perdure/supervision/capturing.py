@@ -9,7 +9,7 @@ import asyncio
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from base.errors import ConflictError, PerdureError, StorageError, one_line
+from base.errors import ConflictError, StorageError, explained, one_line
 from base.progress import Progress
 from capture.disks import reads_of
 from capture.generation import Captured, capture
@@ -81,8 +81,8 @@ class Capturing:
         supervisor = self._supervisor
         try:
             return await self.of(machine, cause, None)
-        except PerdureError as error:
-            supervisor.say(f"{supervisor.vm} NOT CAPTURED at {cause}: {one_line(error)}")
+        except Exception as error:
+            supervisor.say(f"{supervisor.vm} NOT CAPTURED at {cause}: {explained(error)}")
             return None
 
     async def before_rollback(self, machine: Machine, *, full: bool) -> Captured:
@@ -178,5 +178,5 @@ class Capturing:
                 if gone:
                     supervisor.say(f"{supervisor.vm}: forgotten by policy: {', '.join(each.name for each in gone)}")
             await supervisor.in_store(lambda: supervisor.repository.tidy(_TIDY_SECONDS))
-        except PerdureError as error:
-            supervisor.say(f"{supervisor.vm}: after the capture: {one_line(error)}")
+        except Exception as error:
+            supervisor.say(f"{supervisor.vm}: after the capture: {explained(error)}")

@@ -12,7 +12,15 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from base.errors import ConflictError, IntegrityError, PerdureError, StorageError, VirtualMachineError, one_line
+from base.errors import (
+    ConflictError,
+    IntegrityError,
+    PerdureError,
+    StorageError,
+    VirtualMachineError,
+    explained,
+    one_line,
+)
 from base.units import format_size
 from capture.choice import Facts, Kernel, kernel_obstacle, obstacle
 from restore import claims
@@ -148,7 +156,7 @@ def explain(error: BaseException, lazy: LazyRestore | None) -> None:
 
 async def see_to(supervisor: Supervisor, machine: Machine, lazy: LazyRestore) -> None:
     """Beside a VM whose memory is not all there yet; ends with that, or with the VM."""
-    vm = supervisor.vm
+    vm, said = supervisor.vm, ""
     while machine.lazy is lazy and await watch(lazy, machine.qemu, supervisor.say, _BEGUN):
         async with supervisor.operation:
             if machine.lazy is not lazy:  # a capture needed all of it
@@ -157,6 +165,12 @@ async def see_to(supervisor: Supervisor, machine: Machine, lazy: LazyRestore) ->
             try:
                 await retire(machine)
             except VirtualMachineError:  # QEMU has ended, which is noticed elsewhere, or does not answer just now
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            except Exception as error:  # no room for the journal, say
+                if explained(error) != said:
+                    said = explained(error)
+                    supervisor.say(f"{vm}: its restore cannot come to its end, and that is tried again: {said}")
                 await asyncio.sleep(_AGAIN_S)
                 continue
             supervisor.say(f"{vm}: all of its memory is there, {format_size(placed)}")

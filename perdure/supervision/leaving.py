@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from base.errors import VirtualMachineError
+from base.errors import StorageError, VirtualMachineError
 from vm import disks, hold, migration, shadow
 from vm.folder import RuntimeFolder
 from vm.hold import Cause
@@ -85,8 +85,11 @@ def memory_folder(folder: RuntimeFolder) -> Path:
 
 
 def note_stopped(folder: RuntimeFolder, why: str) -> None:
-    """Say why the guest is about to be stopped, or is."""
-    _note(folder).write_text(why)
+    """Say why the guest is about to be stopped, or is. Raises StorageError."""
+    try:
+        _note(folder).write_text(why)
+    except OSError as error:
+        raise StorageError.from_os(error, str(_note(folder)), "write") from error
 
 
 def note_going_on(folder: RuntimeFolder) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from base.errors import ConflictError, IntegrityError, PerdureError, VirtualMachineError, one_line
+from base.errors import ConflictError, IntegrityError, PerdureError, VirtualMachineError, explained, one_line
 from base.progress import Progress
 from capture.generation import Captured
 from perdure import documents
@@ -440,8 +440,8 @@ class Supervisor:
             if wanted and self._machine is not None:
                 try:
                     await self.capturing.as_it_is("terminate", full=wanted == "full" and self.state != "held")
-                except PerdureError as error:
-                    self.say(f"{self.vm} NOT CAPTURED: {one_line(error)}")
+                except Exception as error:  # whatever it was, who wants us to end is not to wait for ever
+                    self.say(f"{self.vm} NOT CAPTURED: {explained(error)}")
             runs = self._machine is not None
             self._end(Ended(self.left if runs else "interrupted", detached=runs, interrupted=True))
 
