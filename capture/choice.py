@@ -124,6 +124,18 @@ def choose(facts: Facts, wanted: Wanted = "auto") -> Choice:
     return Choice("scan", problem, direct_io, discards)
 
 
+def difference(before: Choice, now: Choice) -> str | None:
+    """What is other by now in how a VM has to be followed, in words; None if nothing is."""
+    found = []
+    if now.kind != before.kind:
+        found.append(f"it is followed by {now.kind} now: {now.reason}")
+    if now.direct_io != before.direct_io:
+        found.append(f"{'a' if now.direct_io else 'no'} disk has cache.direct=on by now")
+    if now.discards != before.discards:
+        found.append(f"{'a' if now.discards else 'no'} device takes memory from the guest by now")
+    return ", ".join(found) or None
+
+
 def obstacle(facts: Facts) -> str | None:
     """Why QEMU's accesses to memory cannot be governed, the most lasting reason first; None if they can."""
     problem = kernel_obstacle(facts.kernel)

@@ -142,7 +142,8 @@ class WriteProtectTracker:
     ) -> None:
         """`name` says in errors which VM and region it is; `descriptor` is shared by a VM's trackers and not closed.
 
-        `direct_io` may be changed later, as disks come and go. Raises StorageError, VirtualMachineError.
+        `direct_io` and `discards` change as disks and devices come and go (Tracking.go_by). Raises StorageError,
+        VirtualMachineError.
         """
         self.name, self.direct_io, self.discards = name, direct_io, discards
         self._descriptor = descriptor

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from base.errors import VirtualMachineError
-from capture.choice import Choice, Facts, Wanted, choose
+from capture.choice import Choice, Facts, Wanted, choose, difference
 from capture.journal import Journal
 from capture.trackers import ScanTracker, Tracker, WriteProtectTracker
 from vm.content import Place
@@ -18,9 +18,12 @@ from vm.identity import Identity
 from vm.userfaultfd import Userfaultfd
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tracking:
-    """What follows a VM's regions. Close it with the supervisor; what is armed stays armed in QEMU."""
+    """What follows a VM's regions. Close it with the supervisor; what is armed stays armed in QEMU.
+
+    `descriptor`: what is armed in QEMU is; None if nothing ever was.
+    """
 
     vm: str
     choice: Choice
@@ -39,12 +42,36 @@ class Tracking:
         return self.trackers[name]
 
     def _tracker(self, name: str, place: Place) -> Tracker:
-        if self.descriptor is None:
+        if self.descriptor is None or self.choice.kind == "scan":
             return ScanTracker()
         choice, label = self.choice, f"VM {self.vm}: region {name}"
         made = WriteProtectTracker(label, place, self.descriptor, direct_io=choice.direct_io, discards=choice.discards)
         self.resources.callback(made.close)
         return made
+
+    def go_by(self, facts: Facts, journal: Journal) -> str | None:
+        """Follow the regions as these facts ask for, which may be others than those of the choice in force; what is
+        other then, None if nothing is. Nothing is known of what was written before: bits may have been cleared while
+        that lost writes. By scanning it goes on so: what is unplugged again is noticed by a next supervisor.
+
+        Raises StorageError: all is as it was.
+        """
+        if self.choice.kind == "scan":
+            return None
+        kernel = replace(facts.kernel, pagemap_scan=True)  # it is in use: that trying it failed just now says nothing
+        now = choose(replace(facts, kernel=kernel))
+        changed = difference(self.choice, now)
+        if changed is None:
+            return None
+        journal.begin_collect(self.trackers)
+        self.choice = replace(now, reason=f"{now.reason}; {changed}" if now.kind == self.choice.kind else now.reason)
+        for name, tracker in self.trackers.items():
+            tracker.forget()
+            if now.kind == "scan":
+                self.trackers[name] = ScanTracker()
+            elif isinstance(tracker, WriteProtectTracker):
+                tracker.direct_io, tracker.discards = now.direct_io, now.discards
+        return changed
 
     def close(self) -> None:
         """Let go of all descriptors of ours."""

@@ -20,7 +20,8 @@ from capture.tracking import start_tracking
 from perdure import places
 from perdure.supervision import leaving
 from perdure.supervision.borrowed import BorrowedMachine
-from perdure.supervision.launcher import Elsewhere, facts_of
+from perdure.supervision.following import facts_of
+from perdure.supervision.launcher import Elsewhere
 from perdure.supervision.leaving import Attachment, Reboots
 from perdure.supervision.local import Local
 from perdure.supervision.machine import Machine

@@ -16,7 +16,7 @@ from capture.generation import Captured, capture
 from capture.pause import Limits
 from perdure import documents
 from perdure.disks.texts import reads_text
-from perdure.supervision import lazily
+from perdure.supervision import following, lazily
 from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
 from perdure.supervision.forgetting import forget_by_policy
 from perdure.supervision.machine import Machine
@@ -113,6 +113,7 @@ class Capturing:
         """A generation of a machine, which stands still already if `execution` is None. Raises what capture raises."""
         supervisor = self._supervisor
         await lazily.whole(machine, supervisor.say)
+        await following.renew(supervisor, machine)
         table = machine.table.regions  # of one moment: the guest may change it meanwhile
         regions = await supervisor.in_store(
             lambda: machine.captured_regions(table, full=full, memory=more.get("memory", False))

@@ -16,6 +16,7 @@ from capture.making import Making
 from capture.pace import Budget
 from capture.pause import expected_ms
 from capture.writeback import WriteBack
+from perdure.supervision import following
 from perdure.supervision.budget import HostBudget
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _BUSY_SECONDS = 0.5
 """Between looks whether write-back may go on."""
+_LOOK_SECONDS = 2.0
+"""Between looks whether memory is still to be followed in the same way."""
 _PATIENCE_SECONDS = 0.3
 """For counting what is dirty; while a capture is made, what was counted last is told."""
 
@@ -39,6 +42,7 @@ class Draining:
             supervisor.repository, supervisor.vm, Budget(int(policy.background_bandwidth), share)
         )
         self._turns = HostBudget(supervisor.local.folder.path.parent / ".background", share)
+        self._look_at = 0.0
         self.wanted = policy.write_back == "on" or (policy.write_back == "auto" and bool(description.schedules))
         """Whether dirty pages are stored ahead, by the policy."""
 
@@ -51,6 +55,9 @@ class Draining:
             machine, full = supervisor.machine, self._next_is_full
             if machine.lazy is not None:  # what is not there yet looks like zeros
                 return _BUSY_SECONDS
+            if time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + _LOOK_SECONDS
+                await following.renew(supervisor, machine)
             if (wait := self._turns.begin()) > 0:
                 return wait
             began = time.process_time()

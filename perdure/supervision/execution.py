@@ -11,9 +11,10 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from base.errors import VirtualMachineError
+from base.errors import ConflictError, VirtualMachineError
 from base.extents import Extents
 from capture.disks import CapturedDisk, token_of
+from perdure.supervision import following
 from perdure.supervision.machine import Machine
 from perdure.supervision.quiescing import Instant
 from store.records import Generation
@@ -51,6 +52,7 @@ class Execution:
         return _wait(self._loop, self._machine.monitor.query_status()) == "running"
 
     def settle(self) -> None:
+        self._require_followed()
         if self._quiesced is not None:
             if self._left_stopped:
                 self._go_on_once_more()
@@ -70,6 +72,13 @@ class Execution:
         _wait(self._loop, self._machine.stop())
         if self._quiesced is not None:
             self._quiesced.reached()
+
+    def _require_followed(self) -> None:
+        """What was stored while the guest ran is right only if it could be followed as it was until here."""
+        changed = following.go_by(self._machine, _wait(self._loop, following.look(self._machine)))
+        if changed is not None:
+            name = self._machine.description.name
+            raise ConflictError(f"VM {name}: given up, nothing was captured: {changed}; the next capture is complete")
 
     def _go_on_once_more(self) -> None:
         """After a round before this one: in one stop, QEMU saves its devices only once."""

@@ -14,10 +14,11 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from base.errors import ConflictError, StorageError, VirtualMachineError
-from capture.choice import Facts, probe_facts
+from capture.choice import Facts
 from capture.journal import Journal
 from capture.tracking import start_tracking
 from perdure.supervision import heads, lazily, leaving, leftovers
+from perdure.supervision.following import facts_of
 from perdure.supervision.local import Local
 from perdure.supervision.machine import Machine
 from perdure.supervision.preparing import Prepared
@@ -299,18 +300,6 @@ class Launcher:
             note_parent=self.local.note_parent,
             lazy=prepared.lazy,
         )
-
-
-async def facts_of(qemu: Qemu, monitor: Monitor) -> Facts:
-    """What it depends on whether this QEMU's memory can be followed, and served."""
-    paths = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
-    nodes, networks, *lists = await asyncio.gather(  # one after the other they are a millisecond each
-        monitor.execute("query-named-block-nodes", flat=True),
-        monitor.human("info network"),
-        *(monitor.execute("qom-list", path=path) for path in paths),
-    )
-    listed = [each["type"] for some in lists for each in some]
-    return probe_facts(qemu.pid, devices=listed, block_nodes=nodes, networks=networks)
 
 
 def _verify_empty(memory: Memory, table: RegionTable) -> None:

@@ -25,9 +25,11 @@ from judge import SOCKET, Judge
 
 from base.disk import Disk as HostDisk
 from base.errors import StorageError, VirtualMachineError
+from capture.choice import Choice
 from capture.disks import reads_of
 from capture.generation import Captured, capture
 from capture.journal import Journal
+from capture.tracking import Tracking
 from perdure.supervision.execution import DiskInstant, Execution, settle_bitmaps
 from perdure.supervision.machine import Machine
 from store.repository import Repository
@@ -100,6 +102,9 @@ class Rig:
         )
         self.disk_bases: dict[str, Any] = {}
         self.table = SimpleNamespace(regions=Regions.of("demo", []))
+        self.tracking = Tracking(
+            "demo", Choice("scan", "there are no regions", False, False), {}, contextlib.ExitStack()
+        )
         self.launch()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from judge import Judge
 from supervised import MIB, NAME, Image, Supervised
 from test_full import ORDINARY, full, judged
 from test_survival import boot, write
@@ -37,7 +38,8 @@ BURST = f"for at in range(0, {8 * MIB}, PAGE): field[at : at + 8] = chance.randb
 
 @pytest.fixture
 def vm(guest_image: Image) -> Iterator[Supervised]:
-    made = Supervised(guest_image, policy=POLICY)
+    extra = ("-device", "pcie-root-port,id=socket,chassis=7")
+    made = Supervised(guest_image, policy=POLICY, extra=extra)
     yield made
     print(made.report())
     made.close()
@@ -53,6 +55,13 @@ def ahead(vm: Supervised) -> Any:
     found: list[Any] = []
     vm.until(stored, "dirty pages stored ahead")
     return found[-1]
+
+
+def plug_disk(judge: Judge, socket: str) -> None:
+    """One whose reads go past the host's cache, and which is not captured."""
+    node = {"driver": "null-co", "node-name": "later", "read-only": True, "cache": {"direct": True}}
+    judge.execute("blockdev-add", **node)
+    judge.execute("device_add", driver="virtio-blk-pci", bus=socket, drive="later")
 
 
 def test_generations_are_what_memory_was_whatever_was_stored_ahead(vm: Supervised) -> None:
@@ -78,6 +87,13 @@ def test_generations_are_what_memory_was_whatever_was_stored_ahead(vm: Supervise
     judged(vm)
     vm.guest.run(BURST)
     ahead(vm)
+    judged(vm)
+    vm.guest.run(BURST)
+    ahead(vm)
+    plug_disk(vm.judge, "socket")
+    vm.until(lambda: vm.status()["write_back"]["state"].startswith("a disk has cache=none"), "it is noticed")
+    assert vm.status()["write_back"]["stored_ahead_bytes"] == 0 and vm.baseline is None
+    vm.run.expect("a disk has cache.direct=on by now: the next capture looks at everything")
     judged(vm)
     assert vm.perdure("check")["findings"] == []
     assert any(line.startswith("write-back ") for line in vm.lines("status", NAME))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from base.disk import Disk
 from base.errors import ConflictError, VirtualMachineError
 from base.extents import Extents
 from base.units import PAGE
-from capture.choice import Kernel, probe_facts
+from capture.choice import Facts, Kernel, probe_facts
 from capture.journal import Journal
 from capture.trackers import WriteProtectTracker
 from capture.tracking import Tracking, start_tracking
@@ -213,17 +214,20 @@ def device_types(guest: Guest) -> list[str]:
     return [each["type"] for place in places for each in guest("qom-list", path=place)]
 
 
-@contextlib.contextmanager
-def begin(guest: Guest, kernel: Kernel | None = None, **options: Any) -> Iterator[Tracking]:
-    """Trackers for the guest's memory as the supervisor begins them."""
-    facts = probe_facts(
+def facts_of(guest: Guest, kernel: Kernel | None = None) -> Facts:
+    return probe_facts(
         guest.pid,
         devices=device_types(guest),
         block_nodes=guest("query-named-block-nodes"),
         networks=guest("human-monitor-command", **{"command-line": "info network"}),
         kernel=kernel,
     )
-    qemu = Identity.of(guest.pid)
+
+
+@contextlib.contextmanager
+def begin(guest: Guest, kernel: Kernel | None = None, **options: Any) -> Iterator[Tracking]:
+    """Trackers for the guest's memory as the supervisor begins them."""
+    qemu, facts = Identity.of(guest.pid), facts_of(guest, kernel)
     journal = Journal(guest.folder / "tracking.json", qemu, Disk())
     tracking = start_tracking("test", qemu, {"ram": guest.memory}, facts, journal, **options)
     with contextlib.closing(tracking):
@@ -294,6 +298,44 @@ def test_under_a_running_guest_with_direct_reads_tracking_begins_at_the_first_st
         assert dirty is not None
         assert missed(before, after, dirty) == []
         assert extents.total(dirty) < MEMORY // 4
+
+
+def test_what_is_plugged_in_later_is_gone_by_and_nothing_is_known_of_what_was_before(launch):
+    """Without a guest that runs: see test_capture_events.py for one."""
+    guest = launch(
+        "writeback", "-device", "pcie-root-port,id=one,chassis=1", "-device", "pcie-root-port,id=two,chassis=2"
+    )
+    with begin(guest, running=False) as tracking:
+        journal = Journal(guest.folder / "tracking.json", Identity.of(guest.pid), Disk())
+        assert tracking.go_by(facts_of(guest), journal) is None
+        if kernel_is_old(tracking):
+            return
+        tracker = tracking.trackers["ram"]
+
+        def changes(*said: str) -> None:
+            tracking.trackers["ram"].committed()
+            journal.committed("aa01", ["ram"])
+            changed = tracking.go_by(facts_of(guest), journal)
+            assert changed is not None and all(each in changed for each in said)
+            assert changed in tracking.choice.reason
+            assert journal.baseline("ram") is None
+            assert tracking.trackers["ram"].collect(running=False).extents is None
+            assert tracking.go_by(facts_of(guest), journal) is None
+
+        guest("blockdev-add", **{"driver": "null-co", "node-name": "later", "cache": {"direct": True}})
+        guest("device_add", driver="virtio-blk-pci", bus="one", drive="later", id="disk-later")
+        changes("a disk has cache.direct=on by now")
+        with pytest.raises(ConflictError, match=r"cache\.direct=on"):
+            tracker.collect(running=True)
+        guest("device_add", driver="virtio-balloon-pci", bus="two", id="balloon-later")
+        changes("a device takes memory from the guest by now")
+        assert isinstance(tracker, WriteProtectTracker) and tracker.direct_io and tracker.discards
+        foreign = replace(facts_of(guest), devices=("vfio-pci",))
+        changed = tracking.go_by(foreign, journal)
+        assert changed is not None and "scan now: device vfio-pci writes to guest memory by itself" in changed
+        assert tracking.choice.kind == tracking.trackers["ram"].kind == "scan"
+        assert tracking.follow("more", guest.memory).kind == "scan"
+        assert tracking.go_by(facts_of(guest), journal) is None
 
 
 def test_what_came_since_the_previous_collection_is_told_apart(launch):

@@ -20,7 +20,7 @@ MAY_IMPORT = {
 SUPERVISION = (
     *("supervisor", "launcher", "machine", "running", "execution", "rollback"),
     *("background", "lazily", "draining", "quiescing", "capturing", "reconnecting"),
-    *("borrowed", "guard"),
+    *("borrowed", "guard", "following"),
 )
 """Modules of supervision that run in the supervisor's loop."""
 
