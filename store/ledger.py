@@ -290,7 +290,11 @@ class Ledger:
 
     def _commit(self, kind: int, numbered: _Numbered, packs: list[WrittenPack]) -> Record:
         """Append a record. Once it is published that is a success, whatever then fails: the index catches up when it is
-        next opened or refreshed."""
+        next opened or refreshed.
+
+        Nothing was appended if this raises an error of ours, unless that is an UncertainCommitError. After anything
+        else, as a signal that came in between, it may have been: what the record names must stay.
+        """
         published: list[Record] = []
         try:
             with self.environment.write(_PURPOSES.get(kind, "appending a record")) as txn:
@@ -300,7 +304,7 @@ class Ledger:
         except PerdureError:
             if not published:
                 raise
-        with suppress(StorageError):
+        with suppress(PerdureError):
             self._remember()
         return published[0]
 
@@ -322,6 +326,7 @@ class Ledger:
             data = encode_record(
                 self.keys, kind, sequence + 1, previous, body, vm_id=vm_id, number=number, parent=parent
             )
+            record = decode_record(self.keys, data, sequence + 1, previous)
             name = layout.record_name(sequence + 1)
             try:
                 if not self.storage.put(name, data):
@@ -332,7 +337,6 @@ class Ledger:
                         error.path, f"{error}; it may or may not be committed", errno=error.errno
                     ) from error
                 raise
-            record = decode_record(self.keys, data, sequence + 1, previous)
             published.append(record)
             if _chunks(packs) <= _REPLAY_AT_ONCE:
                 footers = (read_pack(self.storage, self.keys, pack.header.pack_id) for pack in packs)

@@ -105,9 +105,11 @@ class Repository(Ledger):
 
     def close(self) -> None:
         """Close files and index."""
-        with suppress(PerdureError):  # it only makes later look-ups faster
-            self.tidy(_TIDY_SECONDS)
-        self._undo.close()
+        try:
+            with suppress(PerdureError):  # it only makes later look-ups faster
+                self.tidy(_TIDY_SECONDS)
+        finally:
+            self._undo.close()
 
     def vms(self) -> list[str]:
         """Names of all VMs that have generations."""

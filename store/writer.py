@@ -204,12 +204,14 @@ class GenerationWriter:
                 self._published[:0] = lane.finish()
         if self._published:
             self._repository.storage.settle("packs")
+        packs, self._published = self._published, []  # as soon as the record may be there, its packs must be
         try:
-            generation, admission = self._publish(cause, tags, metadata or {}, pause_ms)
+            generation, admission = self._publish(packs, cause, tags, metadata or {}, pause_ms)
         except UncertainCommitError:
-            self._published = []  # the record may be there: its packs must be
             raise
-        self._published = []
+        except PerdureError:
+            self._published = packs
+            raise
         for each in admission.forget:
             with suppress(PerdureError):  # protected meanwhile, say: what is committed is not undone for it
                 self._repository.forget(each)
@@ -217,7 +219,7 @@ class GenerationWriter:
         return generation
 
     def close(self) -> None:
-        """Drop whatever is not committed, packs that became visible included, and give back the lease."""
+        """Drop whatever is certainly not committed, packs that became visible included, and give back the lease."""
         try:
             for lane in (self._workers, self._local, self._nodes):
                 if lane is not None:
@@ -233,14 +235,19 @@ class GenerationWriter:
             self._repository.storage.close()  # what is deleted from now on must not be kept on the disk by us
 
     def _publish(
-        self, cause: str, tags: tuple[str, ...], metadata: dict[str, Any], pause_ms: float | None
+        self,
+        packs: list[WrittenPack],
+        cause: str,
+        tags: tuple[str, ...],
+        metadata: dict[str, Any],
+        pause_ms: float | None,
     ) -> tuple[Generation, Admission]:
         drafts = list(self._drafts.values())
         wanted = Wanted(
             vm=self._vm,
             cause=cause,
             tags=tags,
-            stored_bytes=sum(pack.size for pack in self._published),
+            stored_bytes=sum(pack.size for pack in packs),
             kept_bytes=sum(each.kept_bytes for each in drafts),
             regions=tuple(WantedRegion(each.name, each.base, each.changed) for each in drafts),
         )
@@ -251,7 +258,7 @@ class GenerationWriter:
                     self._vm,
                     parent=self._parent,
                     drafts=drafts,
-                    packs=self._published,
+                    packs=packs,
                     hit_packs=self._hit_packs | self._nodes.hit_packs,
                     dirty_bytes=self.dirty_bytes,
                     cause=cause,

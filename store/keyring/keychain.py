@@ -24,7 +24,7 @@ from store.keyring import layout, slots
 from store.keyring.files import FOLDERS, key_files
 from store.keyring.keys import Keys
 from store.keyring.slots import Credential, KeyChange, NewSlot, SlotInfo
-from store.storage import LocalStorage
+from store.storage import LocalStorage, ObjectMissingError
 
 _SLOT = re.compile(r"keys/[0-9a-f]{16}")
 
@@ -130,10 +130,13 @@ class Keychain:
             raise
 
     def _holds(self, name: str, data: bytes) -> bool:
+        """Whether this is or may be the file: not where it is missing or another one."""
         try:
             return self._storage.get_range(name, 0, len(data) + 1) == data
-        except PerdureError:
+        except ObjectMissingError:
             return False
+        except PerdureError:
+            return True
 
     def _delete(self, names: list[str]) -> None:
         """Delete files of slots that no keyring will name again.

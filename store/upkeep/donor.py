@@ -88,7 +88,8 @@ class Donor:
             repacking.abandon()
             raise
         if added:
-            repository.swap(added, [])
+            with repacking.committed():
+                repository.swap(added, [])
         return count
 
     def _missing(self, bad: dict[int, frozenset[int] | None]) -> dict[int, Ids]:

@@ -336,9 +336,8 @@ class Prune:
             if not repacking.spoiled:
                 repository.storage.settle("packs")
                 yield "settled"
-                self._swap(some, added, relied)
-        except (UncertainCommitError, GeneratorExit):
-            raise  # the record may be there: its packs must be; or a test plays a crash
+        except GeneratorExit:
+            raise  # a test plays a crash
         except BaseException:
             repacking.abandon()
             raise
@@ -351,6 +350,8 @@ class Prune:
             if left:
                 yield from self._rewrite_slice(left, copying)
             return
+        with repacking.committed():
+            self._swap(some, added, relied)
         self.result.rewritten_packs += len(some)
         self.result.rewritten_bytes += sum(each.size for each in added)
         yield "swapped"

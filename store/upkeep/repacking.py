@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ from store import format as layout
 from store.chunker import PackingSettings
 from store.nodes import by_frame
 from store.packs import Compressor, FrameReader, PackWriter, SealingKeys, WrittenPack
+from store.records import UncertainCommitError
 from store.storage import Storage
 
 WINDOW_BYTES = 32 << 20
@@ -74,6 +75,18 @@ class Repacking:
     def finish(self) -> list[WrittenPack]:
         """Publish all packs. Raises StorageError, IntegrityError."""
         return [pack for writer in self._writers.values() for pack in writer.finish()]
+
+    @contextmanager
+    def committed(self) -> Iterator[None]:
+        """For the appending of the record that names the packs: they are dropped only if it is certain that there is
+        none. Whatever else ends it leaves packs that prune removes if no record names them."""
+        try:
+            yield
+        except UncertainCommitError:
+            raise
+        except PerdureError:
+            self.abandon()
+            raise
 
     def abandon(self) -> None:
         """Drop everything, packs that were published included; never raises."""

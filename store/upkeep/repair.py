@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from base import locks
-from base.errors import IntegrityError, LockedError, PerdureError
+from base.errors import IntegrityError, LockedError
 from base.progress import Progress, silent
 from base.workers import usable_cores
 from store import format as layout
 from store import leases
 from store.packs import open_frame
-from store.records import HurtGeneration, UncertainCommitError
+from store.records import HurtGeneration
 from store.salvage import examine
 from store.upkeep.check import EVERYTHING, Checkup, PackDamage
 from store.upkeep.findings import Finding, Hurt
@@ -203,13 +203,8 @@ class Repair:
         except BaseException:
             repacking.abandon()
             raise
-        try:
+        with repacking.committed():
             repository.swap(added, [each.pack_id for each in damaged])
-        except UncertainCommitError:
-            raise  # the record may be there: its packs must be
-        except PerdureError:
-            repacking.abandon()
-            raise
         yield "swapped"
         repository.environment.flush()
         for each in damaged:

@@ -1,5 +1,6 @@
 """Changes of keys in a repository's folder, and what they mean for processes that were started before."""
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -163,6 +164,27 @@ def test_a_failed_change_says_what_became_of_it():
         assert len(slot_files(where)) == 2
         rotate(where)
         assert slot_files(where) == named(where)
+
+
+def test_where_a_failed_change_cannot_be_looked_at_its_slots_stay():
+    """A disk that fails a sync may fail the next read too: that does not say that the keyring is not there."""
+
+    class Sick(FailingDisk):
+        def step(self, operation, path):
+            try:
+                super().step(operation, path)
+            except StorageError:
+                keyring.rename(aside)
+                os.mkfifo(keyring)
+                raise
+
+    with place() as where:
+        change(where, add=new(THIRD))
+        keyring, aside = where.path / "keyring/00000003", where.root / "aside"
+        with keychain(where, disk=Sick("fsync directory", "keyring")) as chain, pytest.raises(StorageError):
+            chain.change(add=new(SECOND))
+        aside.rename(keyring)
+        assert slot_files(where) == named(where, SECOND)
 
 
 def test_outdated_slots_are_those_made_before_the_rotation():
