@@ -52,6 +52,7 @@ from store.records import (
     generation_of,
 )
 from store.retention.policy import Policy, decode_policy
+from store.salvage import Examined
 from store.storage import ObjectMissingError
 
 if TYPE_CHECKING:
@@ -83,11 +84,18 @@ _ALL_VMS = b"\0"
 
 class DamagedPack(msgspec.Struct, frozen=True, kw_only=True):
     """What this host knows of a pack that is damaged or missing. `pack_id` in hex; `offset` in bytes, None if it is
-    about all of it."""
+    about all of it; `frame`: one that is lost, None if none is known to be."""
 
     pack_id: str
     problem: str
     offset: int | None = None
+    frame: int | None = None
+
+    @classmethod
+    def of(cls, found: Examined) -> DamagedPack:
+        """From what was found, which has problems."""
+        first, lost = found.problems[0], min(found.lost_frames, default=None)
+        return cls(pack_id=found.pack_id.hex(), problem=first.text, offset=first.offset, frame=lost)
 
 
 class Catalog:

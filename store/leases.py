@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import socket
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ WRITER, READER = "writer", "reader"
 _NAME = re.compile(r"[0-9a-f]{16}")
 _LAST_BYTES = 1 << 16
 """What is read of a lease, from its end: many times the longest line."""
+_YIELD_SECONDS = 15.0
+"""For writers that give way when somebody waits for them: they look every few seconds."""
+_POLL_SECONDS = 0.1
 
 
 class LeaseFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,6 +158,23 @@ def held(folder: Path) -> list[HeldLease]:
     except OSError as error:
         raise StorageError.from_os(error, str(path), "read the lease") from error
     return alive
+
+
+def writers(folder: Path) -> list[HeldLease]:
+    """Leases of those who make something. Raises StorageError."""
+    return [each for each in held(folder) if each.facts.role != READER]
+
+
+def wait_for_writers(folder: Path, sequence: int, wait_s: float) -> list[HeldLease]:
+    """Until no writer is there that had not seen this record when it began; gives those that are there after `wait_s`
+    seconds, or after some more if all of them give way. Raises StorageError."""
+    began = time.monotonic()
+    while True:
+        older = [each for each in writers(folder) if each.facts.sequence < sequence]
+        patience = max(wait_s, _YIELD_SECONDS) if all(each.facts.yields for each in older) else wait_s
+        if not older or time.monotonic() - began >= patience:
+            return older
+        time.sleep(_POLL_SECONDS)
 
 
 def _held(path: Path) -> LeaseFacts | None:

@@ -85,13 +85,8 @@ class Replay:
             if examined.info is not None:
                 self._catalog.add_pack(txn, examined.info, gathered)
             if examined.problems:
-                self._catalog.note_damage(txn, _damage(examined))
+                self._catalog.note_damage(txn, DamagedPack.of(examined))
         return True
 
     def _data(self, sequence: int) -> bytes:
         return self._storage.get(layout.record_name(sequence))
-
-
-def _damage(found: salvage.Examined) -> DamagedPack:
-    first = found.problems[0]
-    return DamagedPack(pack_id=found.pack_id.hex(), problem=first.text, offset=first.offset)

@@ -39,13 +39,14 @@ from store.lanes import WorkerLanes
 from store.leases import Lease
 from store.ledger import Ledger
 from store.nodes import StoredNodes
-from store.packs import FrameReader, read_pack
+from store.packs import FrameReader
 from store.records import (
     Generation,
     GenesisBody,
     decode_record,
 )
 from store.retention.policy import Policy
+from store.salvage import whole_again
 from store.writer import GenerationWriter
 
 _TIDY_SECONDS = 0.2
@@ -297,7 +298,7 @@ class Repository(Ledger):
             noted = self.catalog.damaged(txn)
         for each in noted:
             with suppress(IntegrityError, FormatVersionError, StorageError, LockedError):
-                pack = read_pack(self.storage, self.keys, bytes.fromhex(each.pack_id))
+                pack = whole_again(self.storage, self.keys, bytes.fromhex(each.pack_id), each.frame)
                 with self.environment.write("noting a pack that was put back", 0) as txn:
                     self.catalog.heal_pack(txn, pack)
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.errors import FormatVersionError, IntegrityError
+from base.workers import usable_cores
 from store import format as layout
 from store.chunker import chunk_ids
 from store.keyring.keys import DataKeys, Sealer
@@ -77,7 +78,23 @@ def examine(
         return _Salvage(storage, keys, pack_id, known).run(error)
     if threads is None:
         return Examined(pack_id, pack, ())
-    return _deep(storage, keys, pack, threads)
+    return _deep(storage, keys, pack, threads, range(len(pack.footer.counts)))
+
+
+def whole_again(storage: Storage, keys: DataKeys, pack_id: bytes, frame: int | None) -> PackInfo:
+    """A pack that was damaged, if it is whole now. `frame`: one that was lost, None if none was.
+
+    Header and footer say nothing of frames: where there was a lost one all are opened, that one first, so that nothing
+    else is read as long as it is lost. Raises IntegrityError (it is not whole), FormatVersionError, StorageError.
+    """
+    pack = read_pack(storage, keys, pack_id)
+    if frame is not None:
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            every = range(len(pack.footer.counts))
+            for frames in (every[frame : frame + 1], every):
+                for problem in _deep(storage, keys, pack, threads, frames).problems:
+                    raise IntegrityError(pack.name, problem.text, offset=problem.offset)
+    return pack
 
 
 def chunks_are(keys: DataKeys, kind: int, ids: NDArray[np.uint8], chunks: NDArray[np.uint8]) -> bool:
@@ -93,8 +110,8 @@ def chunks_are(keys: DataKeys, kind: int, ids: NDArray[np.uint8], chunks: NDArra
     return False
 
 
-def _deep(storage: Storage, keys: DataKeys, pack: PackInfo, threads: ThreadPoolExecutor) -> Examined:
-    """Every frame of a pack whose footer is whole: opened, decompressed, hashed, compared with the footer."""
+def _deep(storage: Storage, keys: DataKeys, pack: PackInfo, threads: ThreadPoolExecutor, frames: range) -> Examined:
+    """Frames of a pack whose footer is whole: opened, decompressed, hashed, compared with the footer."""
     sealer = keys.sealer(pack.header.kind, pack.header.pack_id, pack.header.epoch, pack.header.salt)
     edges = np.append(pack.footer.offsets, pack.frames_end).tolist()
     starts = np.cumsum(pack.footer.counts, dtype=np.int64) - pack.footer.counts
@@ -115,7 +132,7 @@ def _deep(storage: Storage, keys: DataKeys, pack: PackInfo, threads: ThreadPoolE
             return Problem(None, offset, f"the length before frame {number} is damaged; what is in it is whole")
         return chunks.nbytes
 
-    results = list(threads.map(verify, range(len(edges) - 1)))
+    results = list(threads.map(verify, frames))
     problems = tuple(each for each in results if isinstance(each, Problem))
     if problems:
         pack = without(pack, {each.frame for each in problems if each.frame is not None})

@@ -96,7 +96,7 @@ def check_repository(
 @dataclass(frozen=True, slots=True)
 class PackDamage:
     """A pack that is not whole, in short. `number` 0: nothing of it is in this host's index; `chunks`: those that can
-    be read; `frames` that cannot."""
+    be read; `frames` that cannot; `noted`: what this host's catalog is to remember of it."""
 
     pack_id: bytes
     number: int
@@ -104,11 +104,7 @@ class PackDamage:
     problems: tuple[str, ...]
     chunks: int
     frames: int
-
-    @property
-    def noted(self) -> DamagedPack:
-        """What this host's catalog is to remember of it."""
-        return DamagedPack(pack_id=self.pack_id.hex(), problem=self.problems[0])
+    noted: DamagedPack
 
 
 class Checkup:
@@ -146,11 +142,14 @@ class Checkup:
         repository = self._repository
         with repository.environment.read() as txn:
             numbers = repository.catalog.pack_numbers(txn)
-            lost = [bytes.fromhex(each.pack_id) for each in repository.catalog.damaged(txn)]
+            damaged = repository.catalog.damaged(txn)
+            lost = [bytes.fromhex(each.pack_id) for each in damaged]
             ids = [repository.catalog.entry(txn, number).header.pack_id for number in numbers]
             places = list(zip(numbers, ids, strict=True))
             places += [(0, each) for each in lost if not repository.catalog.pack_number(txn, each)]
         chosen = set() if self._subset is None else self._subset.choose([each for _, each in places])
+        # Of lost frames nothing shows in header and footer.
+        chosen |= {bytes.fromhex(each.pack_id) for each in damaged if each.frame is not None}
         what = "checking packs" if self._subset is None else "reading packs"
         with ThreadPoolExecutor(usable_cores()) as threads:
             for at, (number, pack_id) in enumerate(places):
@@ -242,6 +241,7 @@ class Checkup:
                     tuple(each.text for each in found.problems),
                     0 if found.info is None else len(found.info.footer.ids),
                     len(found.lost_frames),
+                    DamagedPack.of(found),
                 )
             )
         if found.problems and not number:

@@ -14,7 +14,8 @@ One at a time per repository. What is in use is marked (store.upkeep.liveness), 
    or was made by such a writer in turn. So nothing that anybody can come to need is only in packs without a mark.
 4. *Swap* of packs in which nothing is marked, so that space comes back before any is taken. Then, slice by slice,
    what is marked and has no other place is copied in the order in which restores want it, published, and swapped in
-   for the packs that it came from. A pack of which something cannot be read stays, and is doomed no longer.
+   for the packs that it came from. A pack of which something cannot be read stays, and stays doomed, so that nothing
+   comes to rely on it on any host; this one notes that it is damaged.
 5. After each swap the index is made durable, then files are unlinked. Packs that no record names go once every writer
    that was there when they were found has ended.
 
@@ -29,8 +30,8 @@ thread.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from errno import ENOSPC
 from functools import partial
@@ -41,11 +42,14 @@ import numpy as np
 from base import locks
 from base.errors import ConflictError, IntegrityError, StorageError
 from base.progress import Progress, silent
+from base.workers import usable_cores
 from store import format as layout
 from store import leases
+from store.catalog import DamagedPack
 from store.leases import HeldLease
 from store.packs import PackEntry, WrittenPack
 from store.records import GenerationBody, UncertainCommitError
+from store.salvage import examine
 from store.upkeep import reserve, strays
 from store.upkeep.copying import Copying
 from store.upkeep.liveness import Below, Marks, Slots, in_frames, use_of
@@ -65,9 +69,6 @@ _SLICE_BYTES = 256 << 20
 _SLICE_CHUNKS = 1 << 18
 _SLICE_PACKS = 1 << 12
 """What a swap changes in the index at once: captures that want to commit wait for no more than that."""
-_YIELD_SECONDS = 15.0
-"""For writers that give way when somebody waits for them: they look every few seconds."""
-_POLL_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -152,7 +153,6 @@ class Prune:
         yield "marked again"
         yield from self._remove_unused()
         yield from self._rewrite()
-        self._end_doom()
         yield "rewritten"
         self.result.lost_chunks = self._live.lost
         self.result.orphans = orphans.remove()
@@ -266,6 +266,9 @@ class Prune:
         wanted = [bytes.fromhex(each.id) for each in made.doomed]
         with self._repository.environment.read() as txn:
             standing = {bytes(each) for each in self._repository.catalog.doomed(txn)["pack_id"]}
+        # Another host's repair may have doomed these for damage that this one does not know of.
+        self._note_damaged(standing.difference(wanted))
+        self._require_no_damage()
         if set(wanted) != standing:
             self._with_room(lambda: self._repository.doom(wanted))
 
@@ -273,15 +276,7 @@ class Prune:
         """Find which doomed packs no writer can have shared chunks with before they were doomed."""
         since = self._doomed_since = self._since()
         latest = max(since.values(), default=0)
-        began = time.monotonic()
-        while True:
-            older = [each for each in strays.writers(self._repository) if each.facts.sequence < latest]
-            patience = self._wait_s
-            if all(each.facts.yields for each in older):
-                patience = max(patience, _YIELD_SECONDS)
-            if not older or time.monotonic() - began >= patience:
-                break
-            time.sleep(_POLL_SECONDS)
+        older = leases.wait_for_writers(self._repository.leases, latest, self._wait_s)
         oldest = min((each.facts.sequence for each in older), default=latest)
         for use in made.doomed:
             if use.number not in since:
@@ -299,13 +294,24 @@ class Prune:
             doomed = self._repository.catalog.doomed(txn)
         return {int(each["pack"]): int(each["since"]) for each in doomed}
 
-    def _end_doom(self) -> None:
-        """Packs that had to stay are doomed no longer."""
-        spoiled = {bytes.fromhex(each) for each in self.result.unreadable}
-        with self._repository.environment.read() as txn:
-            standing = [bytes(each) for each in self._repository.catalog.doomed(txn)["pack_id"]]
-        if spoiled.intersection(standing):
-            self._with_room(lambda: self._repository.doom([each for each in standing if each not in spoiled]))
+    def _note_damaged(self, packs: Collection[bytes]) -> None:
+        """Read all of these packs; of those that are not whole that is remembered. Raises StorageError."""
+        repository, found = self._repository, []
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            for at, pack_id in enumerate(packs):
+                with repository.environment.read() as txn:
+                    number = repository.catalog.pack_number(txn, pack_id)
+                known = repository.catalog.pack(number) if number else None
+                found.append(examine(repository.storage, repository.keys, pack_id, known, threads))
+                self._progress("reading packs", at + 1, len(packs))
+        damaged = [DamagedPack.of(each) for each in found if each.problems]
+        if damaged:
+            self._with_room(partial(self._note, damaged))
+
+    def _note(self, damaged: list[DamagedPack]) -> None:
+        with self._repository.environment.write("noting packs that are damaged") as txn:
+            for each in damaged:
+                self._repository.catalog.note_damage(txn, each)
 
     # Swap
 
@@ -346,6 +352,7 @@ class Prune:
             self.result.unreadable |= {
                 use.id: str(repacking.spoiled[use.number]) for use in some if use.number in repacking.spoiled
             }
+            self._note_damaged([bytes.fromhex(use.id) for use in some if use.number in repacking.spoiled])
             left = [use for use in some if use.number not in repacking.spoiled]
             if left:
                 yield from self._rewrite_slice(left, copying)

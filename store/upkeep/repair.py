@@ -18,7 +18,6 @@ tests can let others do anything between any two steps. Belongs to one thread.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from store.upkeep.donor import Donor
 
 PUT_BACK, REPLACE, DROP = "put back", "replace", "drop"
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,19 +246,13 @@ class Repair:
 
     def _wait_for_writers(self, sequence: int) -> None:
         """Until no writer is there that had not seen this record when it began."""
-        deadline = time.monotonic() + self._wait_s
-        while True:
-            held = [each.facts for each in leases.held(self._repository.leases)]
-            older = [each for each in held if each.role != leases.READER and each.sequence < sequence]
-            if not older:
-                return
-            if time.monotonic() >= deadline:
-                first = older[0]
-                raise LockedError(
-                    f"{first.purpose}, process {first.pid} on {first.host}, writes since {first.since}: what is hurt "
-                    "is marked; damaged packs are replaced by a `perdure repair` after that (see --lock-wait)"
-                )
-            time.sleep(_POLL_SECONDS)
+        older = leases.wait_for_writers(self._repository.leases, sequence, self._wait_s)
+        if older:
+            first = older[0].facts
+            raise LockedError(
+                f"{first.purpose}, process {first.pid} on {first.host}, writes since {first.since}: what is hurt "
+                "is marked; damaged packs are replaced by a `perdure repair` after that (see --lock-wait)"
+            )
 
     # Marks
 

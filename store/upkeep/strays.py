@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING
 
 from store import format as layout
 from store import leases
-from store.leases import HeldLease
 from store.records import GenerationBody, SwapBody
 
 if TYPE_CHECKING:
     from store.repository import Repository
-
-
-def writers(repository: Repository) -> list[HeldLease]:
-    """Leases of those who make something."""
-    return [each for each in leases.held(repository.leases) if each.facts.role != leases.READER]
 
 
 def unlink_swapped(repository: Repository) -> None:
@@ -41,12 +35,13 @@ class Orphans:
         self._repository = repository
         with repository.environment.read() as txn:
             self._packs = [each for _, each in _stored(repository) if not repository.catalog.names(txn, each)]
-        self._writers = {each.name for each in writers(repository)}  # after the packs: theirs may be among them
+        # After the packs: theirs may be among them.
+        self._writers = {each.name for each in leases.writers(repository.leases)}
 
     def remove(self) -> int:
         """They go if every writer that was there after they were found has ended without naming them; gives how many
         went. Raises StorageError."""
-        if not self._packs or self._writers & {each.name for each in writers(self._repository)}:
+        if not self._packs or self._writers & {each.name for each in leases.writers(self._repository.leases)}:
             return 0
         self._repository.refresh()
         named = _named(self._repository)  # not from the index: what is deleted here comes back from nowhere

@@ -238,12 +238,73 @@ def test_a_pack_that_cannot_be_read_stays():
         _, result = prune(repository, EVERYTHING)
         assert list(result.unreadable) == [hurt.id]
         assert path.exists() and result.rewritten_packs == len(chosen.rewritten) - 1
-        with repository.environment.read() as txn:
-            assert not len(repository.catalog.doomed(txn))
+        assert [each.pack_id for each in repository.damaged()] == [hurt.id]
         for offset in repository.catalog.pack(hurt.number).offsets[:-1].tolist():
             data[offset + 40] ^= 1
         path.write_bytes(data)
         assert content(repository, second, "ram") == two
+
+
+@pytest.mark.parametrize("next_host", ["same", "another"])
+def test_nothing_comes_to_rely_on_a_pack_that_prune_could_not_read(next_host):
+    with place(SMALL) as where:
+        one = image(17, 900)
+        two = mixed(one, image(18, 900))
+        with where.open() as repository:
+            first = add(repository, "vm", {"ram": one})
+            add(repository, "vm", {"ram": two}, first)
+            repository.forget(first)
+            chosen = plan_of(repository, EVERYTHING).rewritten
+            hurt = next(use for use, _ in chosen if repository.catalog.pack(use.number).header.kind == layout.PACK_DATA)
+            frame = int(repository.catalog.pack(hurt.number).offsets[1])
+        flip(where, hurt.id, frame + 40)
+        with where.open() as repository:
+            _, result = prune(repository, EVERYTHING)
+            assert list(result.unreadable) == [hurt.id]
+        with where.open() if next_host == "same" else where.elsewhere() as repository:
+            with pytest.raises(IntegrityError):
+                content(repository, repository.resolve("vm@2"), "ram")
+            third = add(repository, "other", {"ram": two})
+            assert content(repository, third, "ram") == two
+            assert content(repository, repository.resolve("vm@2"), "ram") == two
+        flip(where, hurt.id, frame + 40)
+        with where.open() as repository:
+            assert repository.damaged() == [], "it was put back"
+            assert not prune(repository, EVERYTHING)[1].unreadable
+        check_all(where, {"vm@2": two, "other@1": two})
+
+
+def test_a_doom_for_damage_that_this_host_does_not_know_of_stays():
+    """A repair that another host began and could not end has only doomed the pack: nothing new relies on it, and a
+    prune that would have it otherwise finds out why."""
+    with place(SMALL) as where:
+        data = image(17, 200)
+        with where.open() as repository:
+            made = add(repository, "vm", {"ram": data})
+            entries = [repository.catalog.pack(number) for number in (1, 2)]
+            entry = next(each for each in entries if each.header.kind == layout.PACK_DATA)
+        flip(where, entry.header.pack_id.hex(), int(entry.offsets[1]) + 40)
+        with where.elsewhere() as other, where.open() as repository:
+            with repository.writer("vm", made), pytest.raises(LockedError):
+                repair(other)
+            for _ in range(2):
+                with pytest.raises(IntegrityError, match="nothing is pruned"):
+                    prune(repository, NOTHING)
+                with repository.environment.read() as txn:
+                    assert len(repository.catalog.doomed(txn)) == 1
+        with where.open() as repository:
+            assert repository.unfit(repository.resolve("vm@1")) == {"ram"}
+            add(repository, "vm", {"ram": data}, repository.resolve("vm@1"))
+            repair(repository)
+            prune(repository, NOTHING)
+        check_all(where, {"vm@1": data, "vm@2": data})
+
+
+def flip(where, pack: str, at: int) -> None:
+    path = where.path / "packs" / pack
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 def test_nothing_is_pruned_while_damage_is_known():

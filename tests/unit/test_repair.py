@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from store.reader import GenerationReader
 from store.repository import Repository
 from store.upkeep.check import check_repository
 from store.upkeep.donor import Donor
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 from store.upkeep.repair import DROP, PUT_BACK, REPLACE, Repair, repair
 
 SMALL_PACKS = PackingSettings(pack_bytes=200_000, frame_bytes=64 << 10)
@@ -194,6 +197,65 @@ def test_a_writer_that_began_before_is_waited_for_and_then_looked_at():
             assert result.replaced_packs == 1
         with where.elsewhere() as repository:
             assert check_repository(repository, read_data=True).findings == []
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_lost_frame_is_remembered_until_it_is_put_back(put_back):
+    """Header and footer of the pack are whole, so that they say nothing: by them a repair that had to leave off was
+    forgotten by the next command, and captures relied on what is lost."""
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        path = packs_of(where, PACK_DATA)[0]
+        flip(path, 64 + 4 + 50)
+        with where.elsewhere() as writing, writing.writer("other"), where.open() as repository:
+            with pytest.raises(LockedError):
+                repair(repository)
+            noted = repository.damaged()
+            assert [each.pack_id for each in noted] == [path.name]
+        if put_back:
+            flip(path, 64 + 4 + 50)
+        with where.open() as repository:
+            assert repository.damaged() == ([] if put_back else noted)
+            kinds = [] if put_back else ["frame"]
+            assert [each.kind for each in check_repository(repository).findings] == kinds, "it is known"
+            if put_back:
+                repair(repository)
+            else:
+                with pytest.raises(IntegrityError, match="nothing is pruned"):
+                    prune(repository, PruneSettings())
+            for number, data in DATA.items():
+                add(repository, f"again{number}", {"ram": data, "disk": image(number, 5)})
+            assert readable(repository) == {1, 2, 3}
+            repair(repository)
+        assert everywhere_the_same(where) == {1, 2, 3}
+
+
+def test_a_frame_that_is_put_back_does_not_hide_another():
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        path = packs_of(where, PACK_DATA)[0]
+        with where.elsewhere() as writing, writing.writer("other"), where.open() as repository:
+            with repository.environment.read() as txn:
+                number = repository.catalog.pack_number(txn, bytes.fromhex(path.name))
+            second = int(repository.catalog.pack(number).offsets[1])
+            flip(path, 64 + 4 + 50)
+            flip(path, second + 4 + 50)
+            with pytest.raises(LockedError):
+                repair(repository)
+        flip(path, 64 + 4 + 50)
+        with where.open() as repository:
+            assert len(repository.damaged()) == 1
+
+
+def test_a_writer_that_gives_way_is_waited_for(monkeypatch):
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        packs_of(where, PACK_DATA)[0].unlink()
+        with where.elsewhere() as writing, where.open() as repository:
+            writer = writing.writer("other", ahead=True)
+            monkeypatch.setattr(time, "sleep", lambda _: writer.close())  # as it does after a look
+            _, result = repair(repository)
+            assert result.replaced_packs == 1
 
 
 def copied(where):
