@@ -86,12 +86,21 @@ class PlacingLanes:
 
     def __init__(self, pool: WorkerPool, storage: Storage, keys: DataKeys, target: Target) -> None:
         self._pool = pool
+        self._keys = keys
         self._load = [0] * len(pool)
         pool.ready()
         material = keys.worker_material(keys.epochs)
         for worker in range(len(pool)):
             pool.send(worker, ("placing", "begin", storage, material, target))
             pool.send_descriptor(worker, target.descriptor)
+
+    def renew(self, keys: DataKeys) -> None:
+        """Do what comes with these keys: somebody may have changed them meanwhile. Raises WorkerError."""
+        if keys is not self._keys:
+            self._keys = keys
+            material = keys.worker_material(keys.epochs)
+            for worker in range(len(self._pool)):
+                self._pool.send(worker, ("placing", "keys", material))
 
     def __enter__(self) -> PlacingLanes:
         return self
@@ -150,6 +159,8 @@ class Placer:
             storage, material, target = arguments
             self._target = Target(receive_descriptor(self._pipe), target.path, target.length, target.at)
             self._reader = FrameReader(storage, DataKeys.from_worker_material(material), self)
+        elif what == "keys" and self._reader is not None:
+            self._reader.renew(DataKeys.from_worker_material(*arguments))
         elif what == "end":
             self.drop()
             self._pipe.send("ended")

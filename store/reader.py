@@ -191,6 +191,7 @@ class GenerationReader:
             else:
                 there.append((job, entry))
         sent = [_sent(wanted, numbers, job, entry) for job, entry in there]
+        lanes.renew(self._repository.keys)  # by now: packs may have been found again that others have sealed anew
         for position, outcome in lanes.run(sent):
             yield [(at, error) for (*_, at), error in zip(there[position][0], outcome, strict=True)]
 

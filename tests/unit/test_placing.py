@@ -5,12 +5,19 @@ import signal
 import tempfile
 
 import pytest
-from store_fixtures import add, content, image, memory_file, place
+from store_fixtures import CHEAP, PASSPHRASE, add, content, image, memory_file, place
 
 from base.errors import IntegrityError, StorageError, WorkerError
 from base.workers import WorkerPool
+from store.chunker import PackingSettings
+from store.creation import read_mark
 from store.holes import Holes
+from store.keyring.files import read_key_files
+from store.keyring.keychain import Keychain
+from store.keyring.slots import NewSlot, unlock
 from store.reader import GenerationReader
+from store.upkeep.prune import prune
+from store.upkeep.prune_plan import PruneSettings
 from store.workers import serve
 
 PAGE = 4096
@@ -112,6 +119,34 @@ def test_whoever_gives_up_in_the_middle_leaves_no_worker_that_writes_on(stored, 
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_packs_that_are_sealed_anew_meanwhile_are_read_with_the_new_keys(empty, partial):
+    """Beside `key rotate --rewrite` nothing is lost, and nothing is said to be."""
+    with place(PackingSettings(pack_bytes=200_000)) as where, WorkerPool(2, serve) as pool:
+
+        def unlocked():
+            return unlock(read_key_files(where.path), PASSPHRASE)
+
+        rewritten = []
+
+        def rotate(*_):  # after the first frames
+            if not rewritten:
+                with Keychain(where.path, read_mark(where.path), PASSPHRASE, where.state) as chain:
+                    new = NewSlot(PASSPHRASE, "", CHEAP)
+                    chain.change(add=new, remove=[chain.keys.slot_id], rotate=True)
+                with where.elsewhere() as other:
+                    settings = PruneSettings(epoch=other.keys.current_epoch, max_rewrite_bytes=None)
+                    rewritten.append(prune(other, settings)[1].rewritten_packs)
+
+        with where.open(pool=pool, unlock=unlocked) as repository:
+            generation, found = add(repository, "vm", {"ram": image(1, PAGES)}), []
+            holes = (lambda region: found.append(Holes(region.root)) or found[0]) if partial else None
+            restored(repository, generation, empty, holes, rotate)
+            assert rewritten[0] > 20
+            assert not any(len(each.extents) for each in found)
+            assert os.pread(empty, PAGES * PAGE, 0) == image(1, PAGES).ljust(PAGES * PAGE, b"\0")
 
 
 def test_a_place_that_holds_another_chunk_is_noticed_by_its_id(stored, empty, monkeypatch):
