@@ -136,7 +136,8 @@ class Qemu:
     def let_go(self, timeout_s: float) -> bool:
         """Wait for a QEMU that ends to have closed every socket, or to have ended; False if it has not. Only then do
         the paths of its sockets belong to whoever comes next: QEMU closes its sessions first, and then removes, by
-        name, what it listened on.
+        name, what it listened on. What it leaves to its end, as what VNC listens on, is open until the last of its
+        threads has ended, and the process shows nothing of that.
 
         Source: QEMU, io/channel-socket.c (qio_channel_socket_finalize), proc_pid_fd(5).
         """
@@ -150,12 +151,15 @@ class Qemu:
 
     def _has_sockets(self) -> bool:
         try:
-            opened = os.listdir(f"/proc/{self.pid}/fd")
-        except OSError:  # it has ended, or is not ours to look at: then its end is waited for
+            threads = [f"/proc/{self.pid}/task/{each}/fd" for each in os.listdir(f"/proc/{self.pid}/task")]
+            opened = [f"{folder}/{each}" for folder in threads for each in _listed(folder)]
+        except PermissionError:  # not ours to look at: then its end is waited for
             return not ended(self._pidfd, 0)
+        except OSError:  # it has ended
+            return False
         for each in opened:
             with contextlib.suppress(OSError):  # closed meanwhile
-                if os.readlink(f"/proc/{self.pid}/fd/{each}").startswith("socket:"):
+                if os.readlink(each).startswith("socket:"):
                     return True
         return False
 
@@ -218,6 +222,14 @@ class Qemu:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _listed(folder: str) -> list[str]:
+    """Names in a folder of a thread; none if the thread has ended. Raises PermissionError."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def find_binary(vm: str, name: str) -> Path:

@@ -50,6 +50,12 @@ class Disks:
         self._servers: dict[str, DiskServer] = {}
         self._state = disk_state.read(state)
 
+    def look_again(self) -> None:
+        """Under the VM's lock, whoever had it before may have made other disks than those that were read. Raises
+        StorageError."""
+        with self._lock:
+            self._state = disk_state.read(self._place)
+
     @property
     def description(self) -> Description:
         """The VM as described, with the files that its disks are now. Raises ConflictError for a clone without."""

@@ -6,7 +6,8 @@ Under the supervisor's lock; capture itself and the repository are used in the r
 from __future__ import annotations
 
 import asyncio
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from base.errors import ConflictError, StorageError, explained, one_line
@@ -48,6 +49,7 @@ class Capturing:
         self._quiesce = policy.quiesce
         self.quiescing = Quiescing(supervisor.vm, policy.quiesce_seconds)
         self._tidying: asyncio.Task[None] | None = None
+        self._tidies, self._untidy = True, False
 
     async def snapshot(
         self, cause: str, *, full: bool = False, quiesce: bool = False, **more: Unpack[Wanted]
@@ -151,9 +153,26 @@ class Capturing:
             finally:
                 if disks is not None:
                     await settle_bitmaps(machine)
-        self._tidying = asyncio.create_task(self._tidy())
+        self._untidy = True
+        self._begin_to_tidy()
         self._report(done, cause)
         return done
+
+    @contextmanager
+    def tidying_later(self) -> Iterator[None]:
+        """What follows a capture in the block waits for its end: no rule may keep what a rollback goes back to, once
+        there is one more generation."""
+        self._tidies = False
+        try:
+            yield
+        finally:
+            self._tidies = True
+            self._begin_to_tidy()
+
+    def _begin_to_tidy(self) -> None:
+        if self._tidies and self._untidy:
+            self._untidy = False
+            self._tidying = asyncio.create_task(self._tidy())
 
     async def settle(self) -> None:
         """Wait for what follows the last generation."""

@@ -91,6 +91,11 @@ def risk(generation: Generation, wanted: Rollback) -> str:
 
 async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress) -> RolledBack:
     """Go back. Until the old QEMU is ended, any error leaves the guest as it was."""
+    with supervisor.capturing.tidying_later():
+        return await _carry_out(supervisor, wanted, progress)
+
+
+async def _carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress) -> RolledBack:
     machine = supervisor.machine
     generation = await supervisor.in_store(lambda: supervisor.own(wanted.point))
     require_sense(generation, wanted)
@@ -99,6 +104,8 @@ async def carry_out(supervisor: Supervisor, wanted: Rollback, progress: Progress
     try:
         if wanted.disks:  # memory goes on from what is captured now
             captured = await _capture(supervisor, machine, full=True)
+        if wanted.discard:  # nor would the old memory be given back while what stores it ahead has it open
+            await supervisor.draining.drop()
         source = generation if captured is None else captured.generation
         prepared = made = await supervisor.in_store(
             lambda: supervisor.preparation.prepare(

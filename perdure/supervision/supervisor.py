@@ -207,6 +207,7 @@ class Supervisor:
             )
 
     async def _start(self, begin: Begin, boot: bool | None, *, lazy: bool | None) -> None:
+        await self.in_store(self.local.disks.look_again)
         qemu = self.launcher.find()
         if qemu is not None and not await self.launcher.began(qemu):
             unborn, qemu = qemu, None

@@ -38,3 +38,13 @@ def test_captures_by_schedule_are_followed_by_forgetting_and_sigterm_makes_a_ful
     newest = vm.log()[-1]
     assert newest["full"] and newest["generation"] == int(made[1])
     assert vm.guest.run("6 * 7") == 42
+
+    described = vm.folder / "VM.toml"
+    described.write_text(described.read_text().replace(SCHEDULE, ""))
+    vm.boot()
+    vm.perdure("snapshot", "demo")
+    done = vm.perdure("rollback", newest["name"])  # which no rule keeps once the VM was captured before that
+    assert done["resumed"]
+    assert vm.guest.run("6 * 7") == 42
+    left = [each["cause"] for each in vm.until(lambda: len(vm.log()) == 2 and vm.log(), "the rule has its way then")]
+    assert left == ["before rollback", "rollback"]

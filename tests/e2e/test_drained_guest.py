@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,12 @@ def plug_disk(judge: Judge, socket: str) -> None:
     judge.execute("device_add", driver="virtio-blk-pci", bus=socket, drive="later")
 
 
+def memory_of(pid: int) -> list[str]:
+    """Backing files that a process has open; of those that were unmounted only the names are left."""
+    opened = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()]
+    return [path for path in opened if ".memory" in path]
+
+
 def test_generations_are_what_memory_was_whatever_was_stored_ahead(vm: Supervised) -> None:
     boot(vm)
     vm.guest.run(ORDINARY)
@@ -88,6 +96,11 @@ def test_generations_are_what_memory_was_whatever_was_stored_ahead(vm: Supervise
     vm.guest.run(BURST)
     ahead(vm)
     judged(vm)
+    vm.guest.run(BURST)
+    ahead(vm)
+    vm.perdure("rollback", f"{NAME}@1", "--lazy", "--discard")
+    assert all(str(vm.runtime) in path for path in memory_of(vm.run.process.pid))  # the old memory is not held
+    vm.until(lambda: vm.status()["lazy"] is None, "all of its memory is there")
     vm.guest.run(BURST)
     ahead(vm)
     plug_disk(vm.judge, "socket")

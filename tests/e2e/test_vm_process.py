@@ -307,6 +307,26 @@ def test_a_monitor_whose_socket_is_gone_is_named(place):
         asyncio.run(run())
 
 
+def test_a_qemu_that_has_let_go_listens_nowhere_also_where_it_leaves_that_to_its_end(place):
+    """VNC's socket is open until the last thread has taken down the memory."""
+    path = place.root / "vnc"
+    much = '{"qom-type":"memory-backend-ram","id":"much","size":805306368,"prealloc":true}'
+
+    async def run():
+        async with await Monitor.connect(process) as monitor:
+            with socket.socket(socket.AF_UNIX) as viewer:
+                viewer.connect(str(path))
+            await monitor.execute("quit")
+            await monitor.wait_lost()
+            assert process.let_go(60)
+            with socket.socket(socket.AF_UNIX) as viewer, pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+                viewer.connect(str(path))
+            assert not process.folder.monitor.exists() and not process.folder.agent.exists()
+
+    with place.launch(place.describe(extra=("-vnc", f"unix:{path}", "-object", much))) as process:
+        asyncio.run(run())
+
+
 def test_the_guest_channel_and_disks_are_there(place, tmp_path):
     raw, qcow2 = tmp_path / "a,b.raw", tmp_path / "c.qcow2"
     raw.write_bytes(b"content of the raw disk".ljust(1 << 20, b"\0"))

@@ -214,3 +214,20 @@ def test_an_image_is_not_noted_as_filled_for_the_one_before(host):
     host.disks.promote()
     host.disks.note_filled("one", before["one"])
     assert host.disks.unfilled() == {"one": head.metadata[TOKEN]} and host.needed == 1
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_whoever_waited_for_the_vm_sees_the_disks_that_it_has_by_now(host, before):
+    """`perdure run` reads what disks there are, and asks for a passphrase; meanwhile another one goes back and ends."""
+    if not before:
+        host.go_on_from(host.generation)
+    later = Disks(host.local.description, host.local.folder, host.local.state)
+    if before:
+        host.go_on_from(host.generation)
+    host.disks.promote()
+    host.disks.begun()
+    host.disks.let_go()
+    later.look_again()
+    later.taken_over(host.repository)
+    [image] = host.images
+    assert later.description.disks[0].file == image and image.exists()

@@ -1,6 +1,7 @@
 """What a rollback that fails leaves: the guest goes on first, then what was prepared is given back."""
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,7 @@ class FakeSupervisor:
     def __init__(self, machine):
         self.machine, self.state, self.repository, self.preparation = machine, "running", None, self
         self.said = []
+        self.capturing, self.draining = SimpleNamespace(tidying_later=nullcontext), self
         self.say = self.tell = self.said.append
         self.vm = "demo"
 
@@ -50,6 +52,9 @@ class FakeSupervisor:
 
     async def in_store(self, work):
         return work()
+
+    async def drop(self):
+        """What was stored ahead, of which there is nothing."""
 
     def own(self, _):
         return None
