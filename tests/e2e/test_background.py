@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from supervised import Supervised
+from supervised import SECONDS, Supervised
 
 POLICY = """\
 forget_after_capture = true
@@ -43,8 +43,9 @@ def test_captures_by_schedule_are_followed_by_forgetting_and_sigterm_makes_a_ful
     described.write_text(described.read_text().replace(SCHEDULE, ""))
     vm.boot()
     vm.perdure("snapshot", "demo")
-    done = vm.perdure("rollback", newest["name"])  # which no rule keeps once the VM was captured before that
+    done = vm.perdure("rollback", f"demo@{newest['generation']}")  # no rule keeps it once there is one more
     assert done["resumed"]
+    vm.guest.wait_ready(SECONDS)
     assert vm.guest.run("6 * 7") == 42
-    left = [each["cause"] for each in vm.until(lambda: len(vm.log()) == 2 and vm.log(), "the rule has its way then")]
-    assert left == ["before rollback", "rollback"]
+    vm.until(lambda: len(vm.log()) == 2, "the rule has its way then")
+    assert [each["cause"] for each in vm.log()] == ["before rollback", "rollback"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from judge import Judge
-from supervised import MIB, NAME, Image, Supervised
+from supervised import MIB, NAME, SECONDS, Image, Supervised
 from test_full import ORDINARY, full, judged
 from test_survival import boot, write
 
@@ -101,6 +101,7 @@ def test_generations_are_what_memory_was_whatever_was_stored_ahead(vm: Supervise
     vm.perdure("rollback", f"{NAME}@1", "--lazy", "--discard")
     assert all(str(vm.runtime) in path for path in memory_of(vm.run.process.pid))  # the old memory is not held
     vm.until(lambda: vm.status()["lazy"] is None, "all of its memory is there")
+    vm.guest.wait_ready(SECONDS)
     vm.guest.run(BURST)
     ahead(vm)
     plug_disk(vm.judge, "socket")
