@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from store_fixtures import PASSPHRASE, Place, add, content, image, place
 
-from base.errors import IntegrityError
+from base.errors import ConflictError, IntegrityError
 from store.chunker import PackingSettings
 from store.history import History
 from store.keyring.slots import unlock
@@ -168,3 +168,70 @@ def test_records_and_keys_that_are_gone_or_cut_come_from_a_copy():
         (where.path / "records" / records[2].name).write_bytes(b"")
         with pytest.raises(IntegrityError):
             mended(where, where.state, copy)
+
+
+def records(path: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in sorted((path / "records").iterdir())}
+
+
+def gone_on(where, generations: int) -> Place:
+    """A copy, in which somebody has made so many generations since."""
+    copy = Place.at(where.root / "elsewhere")
+    shutil.copytree(where.path, copy.path)
+    with copy.open() as repository:
+        for number in range(generations):
+            add(repository, "vm", {"ram": image(number, 20)}, repository.latest("vm"))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("host", "damage"),  # a new host cannot know that a damaged newest record was another than the copy's
+    [("known", "none"), ("new", "none"), ("known", "newest is cut"), ("known", "newest is gone")],
+)
+@pytest.mark.parametrize("further", [1, 2])
+def test_a_copy_that_has_gone_another_way_replaces_nothing(host, damage, further):
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        copy = gone_on(where, further)
+        with where.open() as repository:
+            add(repository, "vm", {"ram": image(9, 20)}, repository.latest("vm"))
+        newest = where.path / "records" / max(records(where.path))
+        state = where.state if host == "known" else where.root / "never"
+        if damage == "newest is cut":
+            newest.write_bytes(newest.read_bytes()[:-1])
+        elif damage == "newest is gone":
+            newest.unlink()
+        before = records(where.path)
+        if damage == "none" and further == 1:  # it has nothing beyond ours
+            assert mended(where, state, copy.path) == 0
+        else:
+            with pytest.raises(ConflictError, match=r"gone another way: .* (is another|does not go on)"):
+                mended(where, state, copy.path)
+        assert records(where.path) == before
+
+
+def test_what_a_copy_has_beyond_ours_is_taken_where_it_goes_on_from_it():
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        copy = gone_on(where, 3)
+        wanted = records(copy.path)
+        ours = sorted((where.path / "records").iterdir())
+        flip(ours[-2], 100, 1)
+        flip(ours[-1], 100, 1)
+        shutil.copytree(copy.path / "packs", where.path / "packs", dirs_exist_ok=True)
+        assert mended(where, where.state, copy.path) == 5
+        assert records(where.path) == wanted
+
+
+def test_what_this_host_has_seen_is_not_replaced_by_what_is_behind_it():
+    with place(SMALL_PACKS) as where:
+        filled(where)
+        copy = gone_on(where, 2)
+        with where.open() as repository:
+            add(repository, "vm", {"ram": image(9, 20)}, repository.latest("vm"))
+        newest = max(records(copy.path))
+        shutil.copy(copy.path / "records" / newest, where.path / "records" / newest)  # somebody has mixed them
+        before = records(where.path)
+        with pytest.raises(IntegrityError, match="does not go on from the record that this host has seen"):
+            mended(where, where.state, copy.path)
+        assert records(where.path) == before
