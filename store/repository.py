@@ -89,11 +89,11 @@ class Repository(Ledger):
         try:
             self.frames = FrameReader(self.storage, self.keys, self.catalog)
             self.nodes = StoredNodes(self.environment, self.index, self.frames, self)
+            self._history.check(self._remembered_hash)  # before anything newer is remembered
             self._read_settings()
             self.refresh(progress, wait=False)
             self._look_again_at_damaged()
             self._require_no_gap()
-            self._history.check(self._remembered_hash)
         except BaseException:
             self._undo.close()
             raise

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import tempfile
 
 import pytest
@@ -146,6 +147,28 @@ def test_history_that_went_back_is_noticed():
             path.unlink()
         with pytest.raises(IntegrityError, match="went back"):
             where.open().close()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_history_that_others_have_changed_is_noticed_with_an_index_and_without(lost):
+    with place() as where:
+        with where.open() as repository:
+            add(repository, "vm", {"ram": image(1, 3)})
+        shutil.copytree(where.path, where.root / "backup")
+        with where.open() as repository:
+            add(repository, "vm", {"ram": image(2, 3)})
+        remembered = (where.state / "history.json").read_bytes()
+        shutil.rmtree(where.path)
+        shutil.copytree(where.root / "backup", where.path)
+        with where.elsewhere() as repository:  # which has not seen what was there before
+            for seed in (3, 4):
+                add(repository, "vm", {"ram": image(seed, 3)})
+        if lost:
+            shutil.rmtree(where.state / INDEX_FOLDER)
+        for _ in range(2):  # being refused once changes nothing about what this host remembers
+            with pytest.raises(IntegrityError, match="history was changed"):
+                where.open().close()
+        assert (where.state / "history.json").read_bytes() == remembered
 
 
 def test_a_few_pages_of_a_terabyte_cost_a_few_pages():
