@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -99,6 +100,12 @@ def pieces(extents: Extents, size: int, rows_max: int = 1 << 62) -> Iterator[Ext
         yield normalise(rows)
 
 
+def length(descriptor: int) -> int:
+    """Bytes that a regular file or a block device holds. Raises OSError."""
+    facts = os.fstat(descriptor)
+    return os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(facts.st_mode) else facts.st_size
+
+
 def resident(descriptor: int, size: int, start: int = 0) -> Extents:
     """Ranges of a file within [start, size) that are not holes.
 
@@ -112,6 +119,9 @@ def resident(descriptor: int, size: int, start: int = 0) -> Extents:
             data = os.lseek(descriptor, at, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
+                break
+            if error.errno == errno.EINVAL:  # a block device tells no holes
+                rows.append((at, size))
                 break
             raise
         if data >= size:

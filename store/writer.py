@@ -7,7 +7,6 @@ everything. Belongs to one thread.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -169,7 +168,7 @@ class GenerationWriter:
         length, chunk = draft.root.length, draft.root.chunk_size
         everything = ranges.normalise([(0, -(-length // chunk) * chunk)])
         wanted = everything if extents is None else ranges.intersect(ranges.widen(extents, chunk), everything)
-        size = os.fstat(descriptor).st_size
+        size = ranges.length(descriptor)
         present = ranges.intersect(ranges.widen(_present(descriptor, wanted, min(size, length)), chunk), wanted)
         self.clear(draft, ranges.subtract(wanted, present))
         total = ranges.total(present)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def import_(options: Namespace) -> None:
         raise UsageError("--dirty needs --parent VM@N: the ranges say what changed since that generation")
     opened_files = {name: _open_source(Path(file)) for name, file in files.items()}
     try:
-        large = any(name not in dirty and os.fstat(each).st_size > 16 << 20 for name, each in opened_files.items())
+        large = any(name not in dirty and ranges.length(each) > 16 << 20 for name, each in opened_files.items())
         path = repository_path(options.repository)
         with opened(path, workers=large, progress=output.progress()) as repository:
             parent = repository.resolve(options.parent) if options.parent else None
@@ -82,7 +83,7 @@ def import_(options: Namespace) -> None:
                 for name, descriptor in opened_files.items():
                     if name in dirty and (parent is None or name not in parent.regions):
                         raise UsageError(f"--dirty {name}: {options.parent} has no region {name} to apply ranges to")
-                    length = os.fstat(descriptor).st_size
+                    length = ranges.length(descriptor)
                     draft = writer.region(name, "image", length)
                     extents = _within(dirty.get(name), length, name)
                     if draft.anew and extents is not None:
@@ -198,10 +199,18 @@ def _pairs(words: list[str], form: str) -> dict[str, str]:
 
 
 def _open_source(path: Path) -> int:
+    """Open a regular file or a block device. Raises UsageError for anything else: only these have a size."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO would wait
+        mode = os.fstat(descriptor).st_mode
+        empty = stat.S_ISBLK(mode) and not ranges.length(descriptor)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    if empty:
+        raise UsageError(f"cannot read {path}: there is nothing in this block device")
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise UsageError(f"cannot read {path}: it is neither a regular file nor a block device")
+    return descriptor
 
 
 def _read_ranges(path: Path) -> list[tuple[int, int]]:

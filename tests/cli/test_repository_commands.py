@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from store_fixtures import image
 
 from base import locks
@@ -88,6 +89,27 @@ def test_exported_holes_stay_holes(shell):
     assert facts.st_size == 64 << 20
     assert facts.st_blocks * 512 <= 64 << 10
     assert (shell.root / "out").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.skipif(not os.access("/dev/loop-control", os.W_OK), reason="no block device can be made here")
+@pytest.mark.parametrize("pages", [300, 5000])  # with and without worker processes
+def test_a_block_device_is_imported_whole(shell, pages):
+    content = random.Random(pages).randbytes(pages * PAGE)
+    made = ["losetup", "--find", "--show", shell.write("a", content)]
+    device = subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        shell("import", "vm", f"disk={device}")
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    assert shell("export", "vm@1", "disk", "-").stdout == content
+
+
+def test_only_what_has_a_size_is_imported(shell):
+    os.mkfifo(shell.root / "fifo")
+    for path in ("/dev/zero", shell.root / "fifo", shell.root):
+        said = shell.error("import", "vm", f"disk={path}", code=2)
+        assert f"cannot read {path}: it is neither a regular file nor a block device" in said
+    assert shell.json("log")["generations"] == []
 
 
 def test_quiet_says_nothing_and_text_is_for_people(shell):
