@@ -150,15 +150,16 @@ class Placer:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._entries: dict[int, PackEntry] = {}
+        self._storage: Storage | None = None
         self._reader: FrameReader | None = None
         self._target = Target(-1, "", 0)
 
     def handle(self, what: str, *arguments: Any) -> None:
         """One message of `PlacingLanes`."""
         if what == "begin":
-            storage, material, target = arguments
+            self._storage, material, target = arguments
             self._target = Target(receive_descriptor(self._pipe), target.path, target.length, target.at)
-            self._reader = FrameReader(storage, DataKeys.from_worker_material(material), self)
+            self._reader = FrameReader(self._storage, DataKeys.from_worker_material(material), self)
         elif what == "keys" and self._reader is not None:
             self._reader.renew(DataKeys.from_worker_material(*arguments))
         elif what == "end":
@@ -177,7 +178,9 @@ class Placer:
         """After an error the file is of no use; what still comes for it is passed over."""
         if self._target.descriptor >= 0:
             os.close(self._target.descriptor)
-        self._target, self._reader = Target(-1, "", 0), None
+        if self._storage is not None:
+            self._storage.close()
+        self._target, self._storage, self._reader = Target(-1, "", 0), None, None
         self._entries.clear()
 
     def _place(self, reader: FrameReader, job: Job) -> Outcome:

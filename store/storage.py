@@ -99,6 +99,9 @@ class Storage(Protocol):
     def delete(self, name: str) -> None:
         """Remove; no error if it is gone."""
 
+    def close(self) -> None:
+        """Let go of what is kept open; what is read later is opened anew."""
+
 
 class LocalStorage:
     """Objects as files below `root`."""

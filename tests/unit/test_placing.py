@@ -70,6 +70,23 @@ def test_workers_restore_the_same_bytes_at_an_offset(stored, monkeypatch):
     assert sent.count(("placing", "job")) > 3  # it was them
 
 
+def test_workers_keep_no_descriptor_of_what_they_have_restored(stored, empty):
+    repository, generation, pool = stored
+
+    def open_files():
+        return [sorted(os.listdir(f"/proc/{process.pid}/fd")) for process in pool._processes]
+
+    before = open_files()
+    restored(repository, generation, empty)
+    assert open_files() == before
+    os.ftruncate(empty, 0)
+    os.ftruncate(empty, PAGES * PAGE)
+    damage(repository, generation)
+    with pytest.raises(IntegrityError):
+        restored(repository, generation, empty)
+    assert open_files() == before
+
+
 def test_a_damaged_frame_is_named_and_with_holes_left_out(stored, empty):
     repository, generation, _ = stored
     name = damage(repository, generation)
