@@ -112,7 +112,8 @@ class PageServer:
     def serve(self, qemu: int) -> None:
         """Until QEMU ends (`qemu` is its pidfd), or somebody ends this process.
 
-        Raises ConflictError if a page is there that nobody of us has placed: the guest is held then.
+        Raises ConflictError if a page is there that nobody of us has placed: the guest is held then. Raises
+        IndexLostError if the index was made anew: only another server can go on.
         """
         poll = select.poll()
         poll.register(self._descriptor.descriptor, select.POLLIN)
@@ -265,6 +266,8 @@ class PageServer:
 
     def _in_between(self) -> None:
         began = time.monotonic()
+        if self._trouble and began - self._failed_at >= _RETRY_S:
+            self._repository.environment.require_current()
         try:
             if self._rest:
                 self._place_some()

@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from functools import cache
@@ -75,6 +77,18 @@ def add(repository, vm, regions, parent=None, dirty=None, cause="import"):
             with memory_file(content) as descriptor:
                 writer.replace(draft, descriptor, (dirty or {}).get(name))
         return writer.commit(cause)
+
+
+def index_made_anew(where) -> None:
+    """Another process of this host throws the index away and fills it again, as `perdure repair` does."""
+    code = (
+        "import sys; from pathlib import Path; from store_fixtures import Place\n"
+        "where = Place.at(Path(sys.argv[1]))\n"
+        "with where.open() as repository: repository.environment.discard()\n"
+        "with where.open(): pass\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    subprocess.run([sys.executable, "-c", code, str(where.root)], env={**os.environ, "PYTHONPATH": paths}, check=True)
 
 
 def content(repository, generation, name) -> bytes:

@@ -26,6 +26,7 @@ from base.disk import Disk, replace_file
 from base.errors import PerdureError, StorageError, WorkerError, one_line
 from restore.disk_source import Access, GenerationDisk
 from restore.nbd_server import serve
+from store.index.environment import Environment
 from store.keyring.keys import Keys
 from store.repository import Repository
 from store.storage import LocalStorage
@@ -209,11 +210,16 @@ class _Server:
                 stack.callback(disks[name].close)
             with _listening(self._path) as listener:
                 self._note()
-                self._accept(listener, disks)
+                try:
+                    self._accept(listener, disks, repository.environment)
+                finally:
+                    self._leaving.set()
 
-    def _accept(self, listener: socket.socket, disks: dict[str, GenerationDisk]) -> None:
+    def _accept(self, listener: socket.socket, disks: dict[str, GenerationDisk], index: Environment) -> None:
+        """Raises IndexLostError if the index was made anew: only another server can go on."""
         idle = 0.0
         while not self._leaving.is_set() and idle < _IDLE_SECONDS:
+            index.require_current()
             ready, _, _ = select.select([listener], [], [], 1.0)
             idle = 0.0 if self._connections else idle + 1.0
             if ready:
@@ -221,7 +227,6 @@ class _Server:
                 with self._lock:
                     self._connections += 1
                 Thread(target=self._serve, args=(connection, disks), daemon=True).start()
-        self._leaving.set()
 
     def _serve(self, connection: socket.socket, disks: dict[str, GenerationDisk]) -> None:
         try:

@@ -130,7 +130,7 @@ class Environment:
         """
         self._check_process()
         with self._translating(), self._handles.read() as txn:
-            self._require_current()
+            self.require_current()
             yield txn
 
     @contextmanager
@@ -147,9 +147,17 @@ class Environment:
             self._translating(),
             self._handles.write() as txn,
         ):
-            self._require_current()
+            self.require_current()
             yield txn
             self._disk.step("lmdb commit", str(self.path))
+
+    def require_current(self) -> None:
+        """Raises IndexLostError if another process has thrown this index away. Called by any thread."""
+        if not self._is_current():
+            raise IndexLostError(
+                str(self.path),
+                "another process has found the index damaged and thrown it away: this process must be started again",
+            )
 
     def flush(self) -> None:
         """Make all that is committed durable; needed before removing from the repository what the index claimed."""
@@ -248,10 +256,6 @@ class Environment:
             yield
         except lmdb.Error as error:
             raise self._translated(error) from error
-
-    def _require_current(self) -> None:
-        if not self._is_current():
-            raise IndexLostError(str(self.path), "another process found the index damaged and replaced it")
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():

@@ -4,11 +4,12 @@ images and servers, without a guest.
 
 import random
 import shutil
+import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from store_fixtures import memory_file, place
+from store_fixtures import index_made_anew, memory_file, place
 
 from base.disk import Disk as HostDisk
 from base.errors import PerdureError, StorageError, WorkerError
@@ -22,14 +23,15 @@ from store import needs
 from store.records import UncertainCommitError
 from vm.config import Description, Disk
 from vm.folder import RuntimeFolder
+from vm.identity import ended
 from vm.memory import Memory
 
 
 class Host:
     """A VM with one disk, and a full generation of it, "demo@1"; no QEMU."""
 
-    def __init__(self, repository, folder):
-        self.repository, self.folder = repository, folder
+    def __init__(self, where, repository, folder):
+        self.place, self.repository, self.folder = where, repository, folder
         content = random.Random(1).randbytes(64 * 4096)
         self.first = folder / "one"
         self.first.write_bytes(content)
@@ -92,7 +94,7 @@ class Host:
 def hosted(**options):
     with place() as where, where.open(**options) as repository:
         (where.root / "vm").mkdir()
-        made = Host(repository, where.root / "vm")
+        made = Host(where, repository, where.root / "vm")
         yield made
         made.disks.end_servers()
 
@@ -116,6 +118,22 @@ def test_disks_are_another_qemu_s_until_it_is_about_to_be_launched(host):
     assert host.disks.superseded(head) and host.disks.pristine(head)
     host.disks.begun()
     assert not host.disks.superseded(head)
+    server.close()
+
+
+def test_a_server_whose_index_was_made_anew_ends_and_another_is_started(host):
+    """By a supervisor whose own index it was, too."""
+    head = host.go_on_from(host.generation)
+    path = host.local.folder.images(head.metadata[TOKEN])
+    server = find(path)
+    index_made_anew(host.place)
+    assert ended(server._pidfd, 60), "it goes on with an index that is gone"
+    assert host.disks.watch() == ["the server of disk one had ended, and is started again"]
+    server.close()
+    server = find(path)
+    assert server.alive
+    uri = f"nbd+unix:///one?socket={path}"
+    subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "raw", uri, host.first], check=True)
     server.close()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_fixtures import add, image, place
+from store_fixtures import add, image, index_made_anew, place
 
 from base import extents as ranges
 from base.errors import ConflictError
@@ -342,6 +342,28 @@ def test_what_cannot_be_read_holds_who_waits_for_it_until_it_can(lazily):
     lazily.filled()
     lazily.right()
     assert lazily.lazy.held == ""
+
+
+def test_a_server_whose_index_was_made_anew_ends_and_the_next_one_goes_on(lazily):
+    lazily.serve()
+    server = os.pidfd_open(lazily.lazy.claims.word(record.SERVER))
+    page, *_, other = (page for page in range(PAGES) if any(lazily.page(page)))
+    assert lazily.guest.touch(page) == lazily.page(page)
+    index_made_anew(lazily.place)
+    lazily.guest.begin("read", 0, other)
+    try:
+        assert select.select([server], [], [], SECONDS)[0], "it goes on with an index that is gone"
+    finally:
+        os.close(server)
+    assert lazily.guest.waits
+    lazily.another()
+    assert lazily.guest.end() == lazily.page(other)
+    lazily.filled()
+    assert lazily.lazy.held == ""
+    with lazily.place.elsewhere() as repository, GenerationReader(repository, lazily.generation) as reader:
+        for name, file in lazily.files.items():
+            with file.open("rb") as opened:
+                reader.verify(reader.region(name), opened.fileno(), str(file))
 
 
 def test_what_an_ended_vm_had_not_touched_is_filled_in_before_it_is_captured(lazily):
