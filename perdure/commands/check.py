@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from base.errors import IntegrityError, UsageError
+from base.errors import IntegrityError, PerdureError, UsageError
 from base.units import format_size
 from perdure import places
 from perdure.commands import keys as key_commands
@@ -101,9 +101,12 @@ def _repair(options: Namespace) -> int:
     files, keys = _mended(path, given, source, options.dry_run, output)
     if files and options.dry_run:  # what comes next can only be seen when they are mended
         nothing = RepairPlan((), (), (), marks_change=False, impossible=())
-        output.result(_repair_document(files, [], nothing, None), lambda: _repair_text(files, [], nothing, None))
+        output.result(
+            _repair_document(files, [], [], nothing, None), lambda: _repair_text(files, [], [], nothing, None)
+        )
         return 3
     index = _right_index(path, keys, options.dry_run, output)
+    restart = _supervised(path) if index else []
     with ExitStack() as stack:
         state = None
         if index and options.dry_run:  # nothing can be said by what is wrong: an index of its own is thrown away after
@@ -116,7 +119,10 @@ def _repair(options: Namespace) -> int:
         else:
             planned, result = repair(repository, donor, wait_s=wait_s, progress=output.progress())
             reserve.make(path, repository.disk)
-    output.result(_repair_document(files, index, planned, result), lambda: _repair_text(files, index, planned, result))
+    output.result(
+        _repair_document(files, index, restart, planned, result),
+        lambda: _repair_text(files, index, restart, planned, result),
+    )
     undone = result is None and bool(index or not planned.empty)
     return 3 if planned.impossible or undone else 0
 
@@ -170,6 +176,18 @@ def _right_index(path: Path, keys: Keys, dry_run: bool, output: Output) -> list[
     return problems
 
 
+def _supervised(path: Path) -> list[str]:
+    """VMs whose supervisors work with a repository, and so with this host's index of it."""
+    from perdure.commands.vm import running
+
+    found: list[str] = []
+    with suppress(PerdureError):  # one that does not answer keeps nothing from being repaired
+        for each in running():
+            if "repository" in each and Path(each["repository"]).resolve() == path.resolve():
+                found.append(each["vm"])
+    return found
+
+
 def _donor(stack: ExitStack, repository: Repository, path: Path, given: Credential, output: Output) -> Donor:
     """The other repository, opened; the index of a copy, which has the same name here, is made for this once."""
     from store import leases
@@ -186,7 +204,7 @@ def _donor(stack: ExitStack, repository: Repository, path: Path, given: Credenti
 
 
 def _repair_document(
-    files: list[Mend], index: list[str], planned: RepairPlan, result: RepairResult | None
+    files: list[Mend], index: list[str], restart: list[str], planned: RepairPlan, result: RepairResult | None
 ) -> dict[str, Any]:
     from store.upkeep.repair import advice
 
@@ -194,6 +212,7 @@ def _repair_document(
         "dry_run": result is None,
         "files": [msgspec.to_builtins(each) for each in files],
         "index": index,
+        "restart": restart,
         "packs": [msgspec.to_builtins(each) for each in planned.packs],
         "hurt": _hurt_document(planned.hurt if result is None else result.hurt),
         "healed": list(planned.healed if result is None else result.healed),
@@ -216,8 +235,9 @@ def _hurt_document(hurt: Iterable[Hurt]) -> list[dict[str, Any]]:
 
 
 def _repair_text(
-    files: list[Mend], index: list[str], planned: RepairPlan, result: RepairResult | None
+    files: list[Mend], index: list[str], restart: list[str], planned: RepairPlan, result: RepairResult | None
 ) -> Iterator[str]:
+    from perdure.commands.vm import takes_over
     from store.upkeep.repair import advice
 
     would = "would be" if result is None else "was"
@@ -225,6 +245,9 @@ def _repair_text(
         yield f"{file.object} {file.problem}: {would} made again what it was ({file.how})"
     if index:
         yield f"the index of this host is wrong and {would} made anew: {index[0]}"
+    for vm in restart:
+        yield f"  start the supervisor of VM {vm} again, which has the old one: interrupt it, then {takes_over(vm)}"
+        yield "  (the guest runs on; until then nothing of it is captured)"
     for pack in planned.packs:
         yield f"packs/{pack.pack}: {'; '.join(pack.problems)}"
         yield f"  {would} {_ACTIONS[pack.action]}" + (f" ({pack.chunks} chunks)" if pack.action == "replace" else "")

@@ -32,17 +32,21 @@ def status(options: Namespace) -> None:
         found = call_supervisor(options.vm, "status", {}, output)
         output.result(found, lambda: _status_text(found))
         return
-    all_of_them = []
+    all_of_them = list(running())
+    output.result({"vms": all_of_them}, lambda: _list_text(all_of_them))
+
+
+def running() -> Iterator[dict[str, Any]]:
+    """What is known of each running VM: its supervisor's status, or that it has none. Raises what `call` raises."""
     for path in sorted(places.runtime_folder().glob(f"*/{CONTROL}")):
         try:
-            all_of_them.append(call(path, "status", {}))
+            yield call(path, "status", {})
         except NotFoundError:
             name = path.parent.name
             pid = _unsupervised(name)
             if pid is not None:
-                hint = f"take it over with {_takes_over(name)}"
-                all_of_them.append({"vm": name, "state": "unsupervised", "pid": pid, "hint": hint})
-    output.result({"vms": all_of_them}, lambda: _list_text(all_of_them))
+                hint = f"take it over with {takes_over(name)}"
+                yield {"vm": name, "state": "unsupervised", "pid": pid, "hint": hint}
 
 
 def stop(options: Namespace) -> None:
@@ -113,12 +117,11 @@ def call_supervisor(vm: str, command: str, arguments: dict[str, Any], output: Ou
         pid = _unsupervised(vm) if isinstance(error.__cause__, OSError) else None  # else the supervisor has said it
         if pid is None:
             raise
-        raise NotFoundError(
-            f"VM {vm} runs unsupervised (process {pid}): take it over with {_takes_over(vm)}"
-        ) from error
+        raise NotFoundError(f"VM {vm} runs unsupervised (process {pid}): take it over with {takes_over(vm)}") from error
 
 
-def _takes_over(vm: str) -> str:
+def takes_over(vm: str) -> str:
+    """The command that takes a running VM over."""
     return "perdure attach" if (places.vm_runtime(vm) / "attached").exists() else "perdure run"
 
 

@@ -156,7 +156,8 @@ class Environment:
         if not self._is_current():
             raise IndexLostError(
                 str(self.path),
-                "another process has found the index damaged and thrown it away: this process must be started again",
+                "another process has found the index damaged and thrown it away: start this one again "
+                "(perdure run and perdure attach take a running VM over)",
             )
 
     def flush(self) -> None:

@@ -1,10 +1,12 @@
 """Check and repair as other programs use them: documents, exit codes, one-line errors."""
 
+import asyncio
 import os
 import random
 import shutil
 import subprocess
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from perdure_shell import KEY
@@ -12,6 +14,7 @@ from store_fixtures import image
 
 from base import locks
 from base.units import format_size
+from perdure.control import serve
 from store.chunker import PackingSettings
 from store.index.chunks import LOCATION
 from store.keyring.files import read_key_files
@@ -91,7 +94,7 @@ def test_repair_marks_what_is_hurt_and_the_rest_can_be_exported(shell):
     assert sorted(each.name for each in (shell.repository / "packs").iterdir()) == packs
     done = shell.json("repair")
     assert set(done) == {
-        *("dry_run", "index", "files", "packs", "hurt", "healed", "impossible"),
+        *("dry_run", "index", "restart", "files", "packs", "hurt", "healed", "impossible"),
         *("put_back_packs", "taken_chunks", "replaced_packs", "copied_bytes"),
     }
     for key in ("packs", "hurt", "healed", "impossible", "index"):
@@ -187,6 +190,32 @@ def test_what_cannot_be_repaired_is_said_with_what_can_be_done(shell):
     assert "cannot be repaired: records/" in shell("repair", code=3).stdout.decode()
 
 
+@contextmanager
+def supervising(shell, vm, repository):
+    """The control socket of a supervisor."""
+
+    async def status(_arguments, _reporter):
+        return {"vm": vm, "repository": str(repository)}
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def inside(work):
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    folder = shell.root / "state" / "run" / vm
+    folder.mkdir(mode=0o700, parents=True)
+    server = inside(serve(folder / "control.sock", {"status": status}, print))
+    try:
+        yield
+    finally:
+        inside(server.close())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
 def test_an_index_that_is_wrong_is_made_anew(shell):
     shell.write("a", image(1, 40))
     identity = shell.json("init", PERDURE_REPOSITORY=str(shell.root / "r"))["id"]
@@ -202,7 +231,12 @@ def test_an_index_that_is_wrong_is_made_anew(shell):
     assert finding["kind"] == "index"
     assert len(shell.json("repair", "--dry-run", code=3, **here)["index"]) == 1
     assert shell.json("check", code=3, **here)["findings"] == [finding]
-    assert "made anew" in shell("repair", **here).stdout.decode()
+    with supervising(shell, "mine", path), supervising(shell, "other", shell.repository):
+        assert shell.json("repair", "--dry-run", code=3, **here)["restart"] == ["mine"]
+        said = shell("repair", **here).stdout.decode()
+    assert "made anew" in said
+    assert "supervisor of VM mine again, which has the old one: interrupt it, then perdure run" in said
+    assert "VM other" not in said
     assert shell.json("check", **here)["clean"]
     assert shell("repair", **here).stdout.decode() == "nothing is damaged\n"
 
