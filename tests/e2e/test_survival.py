@@ -20,8 +20,12 @@ from typing import Any
 import elf
 import numpy as np
 import pytest
-from supervised import MIB, NAME, PAGE, SECONDS, Area, GuestGoneError, Image, Supervised
+from supervised import KEY, MIB, NAME, PAGE, SECONDS, Area, GuestGoneError, Image, Supervised
 
+from store.index.chunks import LOCATION
+from store.keyring.files import read_key_files
+from store.keyring.slots import KeyFile, unlock
+from store.repository import Repository
 from vm.pagemap import has_pagemap_scan
 
 pytestmark = pytest.mark.qemu
@@ -507,6 +511,25 @@ def test_a_supervisor_that_is_told_to_end_leaves_its_guest_running(vm: Supervise
         vm.until(lambda seen=seen: vm.guest.run("numbers[0]") > seen, "the guest goes on")
         boot(vm)
         assert vm.guest.boot_id == booted
+    damage_index(vm)  # what a supervisor had of an index that was thrown away is of no use: only another one can go on
+    assert vm.perdure("repair")["restart"] == [NAME]
+    assert "start this one again (perdure run" in vm.refused("snapshot", NAME)
+    assert vm.status()["state"] == "running"
+    vm.run.process.send_signal(signal.SIGINT)
+    assert vm.run.ended() == 130
+    boot(vm)
+    assert vm.guest.boot_id == booted
+    snapshot(vm)
+
+
+def damage_index(vm: Supervised) -> None:
+    """The index of this host says of a chunk that nobody has where it is."""
+    keys = unlock(read_key_files(vm.repository), KeyFile(KEY))
+    state = vm.state / "repositories" / keys.repository_id.hex()
+    with Repository(vm.repository, keys, state) as repository, repository.environment.write() as txn:
+        wrong = np.zeros(1, LOCATION)
+        wrong["pack"] = 1
+        repository.index.add(txn, np.ones((1, 32), np.uint8), wrong)
 
 
 @whatever_tracker
