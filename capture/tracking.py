@@ -54,7 +54,7 @@ class Tracking:
         other then, None if nothing is. Nothing is known of what was written before: bits may have been cleared while
         that lost writes. By scanning it goes on so: what is unplugged again is noticed by a next supervisor.
 
-        Raises StorageError: all is as it was.
+        Raises StorageError: all is as it was; VirtualMachineError: QEMU has ended.
         """
         if self.choice.kind == "scan":
             return None
@@ -68,6 +68,7 @@ class Tracking:
         for name, tracker in self.trackers.items():
             tracker.forget()
             if now.kind == "scan":
+                tracker.detach()  # or a next supervisor that finds it armed would go by it
                 self.trackers[name] = ScanTracker()
             elif isinstance(tracker, WriteProtectTracker):
                 tracker.direct_io, tracker.discards = now.direct_io, now.discards

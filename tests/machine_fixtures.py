@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 from store_fixtures import content, place
@@ -55,6 +56,16 @@ for line in sys.stdin:
 """
 
 
+class NoDevices:
+    """What a QEMU without disks, networks and devices says."""
+
+    async def execute(self, *_: object, **__: object) -> list[object]:
+        return []
+
+    async def human(self, *_: object, **__: object) -> str:
+        return ""
+
+
 class Supervised:
     """One region, `pm0`, of a guest that writes what it is told to, and stands still else. `served`: what others ask of
     its supervisor, one after the other, each while a piece of work is done in the repository's thread."""
@@ -79,8 +90,8 @@ class Supervised:
             description=description,
             described=description,
             platform=PLATFORM,
-            qemu=None,
-            monitor=None,
+            qemu=SimpleNamespace(vm="vm", pid=self.process.pid),
+            monitor=NoDevices(),
             memory=Memory("vm", folder, {"pm0": BackingFile("pm0", self.path, SIZE)}),
             table=self.table,
             addresses=None,

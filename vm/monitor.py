@@ -181,10 +181,10 @@ class Monitor:
         except (ExecInterruptedError, QMPError, EOFError, OSError) as error:
             raise await self._ended(f"the answer to `{command}`") from error
 
-    async def human(self, line: str) -> str:
+    async def human(self, line: str, *, timeout_s: float = COMMAND_SECONDS) -> str:
         """The text that a command of the human monitor prints. Raises VirtualMachineError."""
         arguments: dict[str, Any] = {"command-line": line}
-        return str(await self.execute("human-monitor-command", **arguments))
+        return str(await self.execute("human-monitor-command", timeout_s=timeout_s, **arguments))
 
     def events(self, *names: str) -> Events:
         """Listen for events of these names, or all; from the moment that it is entered, nothing is missed."""

@@ -178,12 +178,14 @@ def _right_index(path: Path, keys: Keys, dry_run: bool, output: Output) -> list[
 
 def _supervised(path: Path) -> list[str]:
     """VMs whose supervisors work with a repository, and so with this host's index of it."""
-    from perdure.commands.vm import running
+    from perdure.commands.vm import CONTROL
+    from perdure.control import call
 
     found: list[str] = []
-    with suppress(PerdureError):  # one that does not answer keeps nothing from being repaired
-        for each in running():
-            if "repository" in each and Path(each["repository"]).resolve() == path.resolve():
+    for socket in sorted(places.runtime_folder().glob(f"*/{CONTROL}")):
+        with suppress(PerdureError):  # one that does not answer keeps nothing from being repaired
+            each = call(socket, "status", {})
+            if Path(each["repository"]).resolve() == path.resolve():
                 found.append(each["vm"])
     return found
 

@@ -32,11 +32,11 @@ def status(options: Namespace) -> None:
         found = call_supervisor(options.vm, "status", {}, output)
         output.result(found, lambda: _status_text(found))
         return
-    all_of_them = list(running())
+    all_of_them = list(_running())
     output.result({"vms": all_of_them}, lambda: _list_text(all_of_them))
 
 
-def running() -> Iterator[dict[str, Any]]:
+def _running() -> Iterator[dict[str, Any]]:
     """What is known of each running VM: its supervisor's status, or that it has none. Raises what `call` raises."""
     for path in sorted(places.runtime_folder().glob(f"*/{CONTROL}")):
         try:

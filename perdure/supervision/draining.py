@@ -1,7 +1,8 @@
 """Write-back of a running VM: when its dirty pages are stored ahead, and what `perdure status` says of that.
 
 A piece of work at a time, under the supervisor's lock and in the repository's thread: whatever is asked of the
-supervisor waits for a tenth of a second at most. All supervisors of a host share one budget.
+supervisor waits for a tenth of a second at most, or for one where QEMU does not answer. All supervisors of a host share
+one budget.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _BUSY_SECONDS = 0.5
 """Between looks whether write-back may go on."""
 _LOOK_SECONDS = 2.0
 """Between looks whether memory is still to be followed in the same way."""
+_ANSWER_SECONDS = 1.0
+"""For QEMU to answer that, since others wait for the lock; if it does not, nothing is stored ahead for now."""
 _PATIENCE_SECONDS = 0.3
 """For counting what is dirty; while a capture is made, what was counted last is told."""
 
@@ -57,7 +60,7 @@ class Draining:
                 return _BUSY_SECONDS
             if time.monotonic() >= self._look_at:
                 self._look_at = time.monotonic() + _LOOK_SECONDS
-                await following.renew(supervisor, machine)
+                await following.renew(supervisor, machine, _ANSWER_SECONDS)
             if (wait := self._turns.begin()) > 0:
                 return wait
             began = time.process_time()

@@ -58,7 +58,7 @@ def packs(place: Place) -> set[str]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_happens_between_captures_they_are_what_memory_was(where, tmp_path, seed, monkeypatch):
-    monkeypatch.setattr("store.upkeep.prune._YIELD_SECONDS", 0.0)  # nobody is there to give way meanwhile
+    monkeypatch.setattr("store.leases._YIELD_SECONDS", 0.0)  # nobody is there to give way meanwhile
     chance = random.Random(seed)
     with where.open() as repository:
         vm = Drained(repository, tmp_path, 40)
