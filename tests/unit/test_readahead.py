@@ -23,16 +23,17 @@ def noted_of(noted: Path) -> dict[str, list[tuple[int, int]]]:
 
 def test_what_a_process_has_touched_of_a_file_is_what_it_has_loaded(tmp_path):
     path = tmp_path / "a file"
-    path.write_bytes(bytes(4 * MIB))
+    path.touch()
+    os.truncate(path, 64 * MIB)
     with (
         path.open("rb") as file,
-        mmap.mmap(file.fileno(), 3 * MIB, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=MIB) as part,
+        mmap.mmap(file.fileno(), 63 * MIB, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=MIB) as part,
     ):
         assert part[MIB] == part[MIB + 5 * BLOCK] == 0
         found = loaded_files(os.getpid())[path]
         for at in (2 * MIB, 2 * MIB + 5 * BLOCK):
             assert ((found[:, 0] <= at) & (at < found[:, 1])).any()
-        assert 2 * 4096 <= total(found) < MIB
+        assert 2 * 4096 <= total(found) < 32 * MIB  # the kernel maps what is around a page in one go, at most 2 MiB
         assert (found % 4096 == 0).all()
     assert path not in loaded_files(os.getpid())
 
