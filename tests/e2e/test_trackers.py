@@ -35,6 +35,7 @@ from capture.tracking import Tracking, start_tracking
 from vm import injection
 from vm.identity import Identity
 from vm.mappings import shared_mappings
+from vm.pagemap import Pagemap
 from vm.userfaultfd import Userfaultfd
 
 pytestmark = pytest.mark.qemu
@@ -335,6 +336,8 @@ def test_what_is_plugged_in_later_is_gone_by_and_nothing_is_known_of_what_was_be
         assert changed is not None and "scan now: device vfio-pci writes to guest memory by itself" in changed
         assert tracking.choice.kind == tracking.trackers["ram"].kind == "scan"
         assert tracking.follow("more", guest.memory).kind == "scan"
+        with guest.memory.open("rb") as file, Pagemap(guest.pid) as tables, pytest.raises(PermissionError):
+            tables.written(shared_mappings(guest.pid, file.fileno()), rearm=False)  # nothing is armed any more
         assert tracking.go_by(facts_of(guest), journal) is None
 
 
